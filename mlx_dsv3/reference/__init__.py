@@ -1,0 +1,1 @@
+"""A plain PyTorch DeepSeek-V3: the second opinion. Imports neither mlx nor the MLX modules."""
