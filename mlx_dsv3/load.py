@@ -1,0 +1,269 @@
+"""Folder -> model, tokenizer, MTP module and expert store.
+
+Takes what `python -m convert` writes and what `mlx_lm.convert` writes. Trunk tensors come through
+`mx.load`; routed experts never do: the store reads them into its banks. Weights stay packed;
+scales, biases and plain weights take the activation dtype, the router stays float32.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.utils import load_tokenizer
+
+from mlx_dsv3.config import ModelArgs, read_config, read_json
+from mlx_dsv3.errors import UserError
+from mlx_dsv3.expert_store import EXPERT_KEY, ExpertStore, infer_quantization
+from mlx_dsv3.headers import INDEX, TensorInfo, read_header, read_headers
+from mlx_dsv3.mla import MLA
+from mlx_dsv3.model import Model
+from mlx_dsv3.moe import MLP, MoE
+from mlx_dsv3.mtp import MTP
+
+SIDECAR = "mtp.safetensors"
+PARTIAL = ".partial"
+SAFETENSORS_DTYPES = {mx.uint8: "U8"}
+CONVERT_HINT = "`python -m convert run {} OUT` makes an MLX folder of a hub checkpoint"
+
+
+@dataclass
+class Loaded:
+    """A model ready to run. `mtp` is None where the folder has no `mtp.safetensors`."""
+
+    model: Model
+    tokenizer: object
+    mtp: MTP | None
+    store: ExpertStore
+    args: ModelArgs
+    config: dict
+
+
+def default_dtype() -> mx.Dtype:
+    """Return bfloat16 on a GPU, float32 on the CPU (there bfloat16 is about ten times slower)."""
+    return mx.bfloat16 if mx.default_device() == mx.Device(mx.gpu) else mx.float32
+
+
+def check_folder(folder: Path) -> dict:
+    """Return the config of an MLX folder; raise `UserError` for anything else."""
+    if (folder / PARTIAL).exists():
+        raise UserError(
+            f"`{folder}` is still in conversion (it holds `{PARTIAL}`)",
+            f"`python -m convert run SOURCE {folder}` resumes it",
+        )
+    config = read_config(folder)
+    quantization = config.get("quantization_config") or {}
+    if "quant_method" in quantization and "quantization" not in config:
+        raise UserError(
+            f"`{folder}` is a hub checkpoint (quantization method "
+            f"`{quantization['quant_method']}`), not an MLX folder",
+            CONVERT_HINT.format(folder),
+        )
+    return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the folder's weight files: those of the index, else every `model*.safetensors`."""
+    if (folder / INDEX).is_file():
+        names = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+    else:
+        names = sorted(path.name for path in folder.glob("model*.safetensors"))
+    if not names:
+        raise UserError(
+            f"`{folder}` has no weights (no `model*.safetensors`)", CONVERT_HINT.format(folder)
+        )
+    for name in names:
+        if not (folder / name).is_file():
+            raise UserError(
+                f"`{name}` is missing from `{folder}`; its index names it",
+                "the folder is incomplete; convert or download it again",
+            )
+    return [folder / name for name in names]
+
+
+def check_index(folder: Path, tensors: dict[str, TensorInfo]) -> None:
+    """Refuse an index that names tensors which no file holds."""
+    if not (folder / INDEX).is_file():
+        return
+    for name in read_json(folder / INDEX)["weight_map"]:
+        if name not in tensors:
+            raise UserError(
+                f"the index of `{folder}` names `{name}`, which is in none of its files",
+                "the folder is incomplete; convert or download it again",
+            )
+
+
+def load_trunk(tensors: dict[str, TensorInfo]) -> dict[str, mx.array]:
+    """Return everything but routed experts, unread (MLX reads at first use)."""
+    weights = {}
+    for path in sorted({info.path for name, info in tensors.items() if is_trunk(name)}):
+        loaded = mx.load(str(path))
+        weights.update({name: array for name, array in loaded.items() if is_trunk(name)})
+    return weights
+
+
+def is_trunk(name: str) -> bool:
+    return EXPERT_KEY.fullmatch(name) is None and "rotary_emb.inv_freq" not in name
+
+
+def split_kv_b(weights: dict[str, mx.array], args: ModelArgs) -> dict[str, mx.array]:
+    """Turn a `kv_b_proj` (older MLX folders) into `embed_q` and `unembed_out`; others pass.
+
+    A packed one is unpacked and packed again in its own format, as mlx-lm does.
+    """
+    out = dict(weights)
+    for name in [name for name in weights if name.endswith("kv_b_proj.weight")]:
+        prefix = name.removesuffix("kv_b_proj.weight")
+        weight = out.pop(name)
+        packing = None
+        if (scales := out.pop(f"{prefix}kv_b_proj.scales", None)) is not None:
+            biases = out.pop(f"{prefix}kv_b_proj.biases", None)
+            kind = "U8" if scales.dtype == mx.uint8 else "F"
+            found = infer_quantization(args.kv_lora_rank, weight.shape[-1], scales.shape[-1], kind)
+            packing = {"group_size": found.group_size, "bits": found.bits, "mode": found.mode}
+            weight = mx.dequantize(weight, scales, biases, **packing)
+        heads = weight.reshape(args.num_attention_heads, -1, args.kv_lora_rank)
+        nope = args.qk_nope_head_dim
+        w_uk, w_uv = heads[:, :nope].swapaxes(-1, -2), heads[:, nope:]  # (H, C, N), (H, V, C)
+        for leaf, part in (("embed_q", w_uk), ("unembed_out", w_uv)):
+            packed = mx.quantize(part, **packing) if packing else [mx.contiguous(part)]
+            for suffix, array in zip(("weight", "scales", "biases"), packed, strict=False):
+                out[f"{prefix}{leaf}.{suffix}"] = array
+    return out
+
+
+def cast_weights(weights: dict[str, mx.array], dtype: mx.Dtype) -> dict[str, mx.array]:
+    """Give every float tensor the activation dtype, and the router's tensors float32."""
+
+    def cast(name: str, array: mx.array) -> mx.array:
+        if not mx.issubdtype(array.dtype, mx.floating):
+            return array
+        return array.astype(mx.float32 if ".mlp.gate." in f".{name}" else dtype)
+
+    return {name: cast(name, array) for name, array in weights.items()}
+
+
+def quantize_like(module: nn.Module, weights: dict[str, mx.array]) -> None:
+    """Turn the layers whose weights have scales into quantised ones of the same format."""
+
+    def packing(path: str, layer: nn.Module) -> dict | bool:
+        scales = weights.get(f"{path}.scales")
+        if scales is None or not hasattr(layer, "to_quantized"):
+            return False
+        kind = SAFETENSORS_DTYPES.get(scales.dtype, "F")
+        packed = weights[f"{path}.weight"].shape[-1]
+        found = infer_quantization(layer.weight.shape[-1], packed, scales.shape[-1], kind)
+        return {"group_size": found.group_size, "bits": found.bits, "mode": found.mode}
+
+    nn.quantize(module, class_predicate=packing)
+
+
+def fill(module: nn.Module, weights: dict[str, mx.array], source: str) -> None:
+    """Load weights into a module, by name and shape; raise `UserError` for any that differ."""
+    quantize_like(module, weights)
+    parameters = dict(tree_flatten(module.parameters()))
+    for name in sorted(parameters.keys() ^ weights.keys()):
+        where = "is missing from" if name in parameters else "is unknown to the model, in"
+        raise UserError(
+            f"`{name}` {where} `{source}`", "convert the checkpoint again into an empty folder"
+        )
+    for name, array in weights.items():
+        if array.shape != parameters[name].shape:
+            raise UserError(
+                f"`{name}` in `{source}` has shape {array.shape}; "
+                f"config.json says {parameters[name].shape}"
+            )
+    module.load_weights(list(weights.items()))
+
+
+def join_layers(module: nn.Module) -> None:
+    """Merge the projections that share an input, and read every weight."""
+    for _, child in module.named_modules():
+        if isinstance(child, MLA | MLP):
+            child.join()
+    mx.eval(module.parameters())
+
+
+def load_model(
+    folder: str | Path, *, dtype: mx.Dtype | None = None
+) -> tuple[Model, MTP | None, ExpertStore, ModelArgs, dict]:
+    """Load everything but the tokenizer from an MLX folder; see `load`."""
+    folder, dtype = Path(folder), dtype or default_dtype()
+    if dtype not in (mx.float32, mx.bfloat16):
+        raise UserError(f"dtype `{dtype}` overflows in this model; use float32 or bfloat16")
+    if not folder.is_dir():
+        raise UserError(f"`{folder}` is no folder", "give an MLX folder, or `make demo` for one")
+    config = check_folder(folder)
+    args = ModelArgs.from_dict(config)
+    tensors = read_headers(weight_files(folder))
+    check_index(folder, tensors)
+    sidecar = read_header(folder / SIDECAR) if (folder / SIDECAR).is_file() else {}
+    store = ExpertStore(tensors | sidecar, args, dtype)
+
+    model = Model(args)
+    weights = cast_weights(split_kv_b(load_trunk(tensors), args), dtype)
+    fill(model, weights, str(folder))
+    join_layers(model)
+    for i, layer in enumerate(model.layers):
+        if isinstance(layer.mlp, MoE):
+            layer.mlp.bank = store.open_layer(i)
+    mtp = load_mtp(folder, sidecar, model, store, dtype) if sidecar else None
+    return model, mtp, store, args, config
+
+
+def load_mtp(folder, sidecar, model: Model, store: ExpertStore, dtype: mx.Dtype) -> MTP:
+    """Read the sidecar: hub names `model.layers.{L}.*`, experts as records."""
+    args = model.args
+    prefix = f"model.layers.{args.num_hidden_layers}."
+    mtp = MTP(args, model)
+    weights = cast_weights(split_kv_b(load_trunk(sidecar), args), dtype)
+    for name in weights:
+        if not name.startswith(prefix):
+            raise UserError(
+                f"`{name}` in `{folder / SIDECAR}` is not of layer {args.num_hidden_layers}"
+            )
+    fill(mtp, {name.removeprefix(prefix): array for name, array in weights.items()}, SIDECAR)
+    join_layers(mtp)
+    mtp.mlp.bank = store.open_layer(args.num_hidden_layers)
+    return mtp
+
+
+def load_checked_tokenizer(folder: Path, args: ModelArgs, config: dict, trust_remote_code: bool):
+    """Load the tokenizer and refuse one whose ids the embedding does not have.
+
+    An id beyond the embedding would read foreign memory: MLX does not check.
+    """
+    eos = config.get("eos_token_id")
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        eos = read_json(generation).get("eos_token_id") or eos
+    try:
+        extra = {"trust_remote_code": True} if trust_remote_code else {"trust_remote_code": False}
+        tokenizer = load_tokenizer(folder, extra, eos_token_ids=eos)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"the tokenizer of `{folder}` does not load: {str(error).strip().splitlines()[0]}",
+            "`--trust-remote-code` runs the repository's own tokenizer code, if it has one",
+        ) from None
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= args.vocab_size:
+        raise UserError(
+            f"the tokenizer of `{folder}` has id {largest}; the model's vocab_size is "
+            f"{args.vocab_size}",
+            "copy the tokenizer files of this model from the hub",
+        )
+    return tokenizer
+
+
+def load(
+    folder: str | Path, *, dtype: mx.Dtype | None = None, trust_remote_code: bool = False
+) -> Loaded:
+    """Load an MLX folder: model, tokenizer, MTP module if it has one, experts resident.
+
+    `dtype` is that of the activations: bfloat16 on a GPU and float32 on the CPU by default.
+    Raises `UserError` for a folder that cannot be run, with what is wrong in it.
+    """
+    model, mtp, store, args, config = load_model(folder, dtype=dtype)
+    tokenizer = load_checked_tokenizer(Path(folder), args, config, trust_remote_code)
+    return Loaded(model, tokenizer, mtp, store, args, config)

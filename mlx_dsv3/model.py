@@ -1,0 +1,69 @@
+"""The decoder: layers, embedding, head. Everything but the MTP module.
+
+`Model(ids, cache)` returns logits as mlx-lm's generators expect; `Model.hidden` returns the
+states after the final norm, which the MTP module reads.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import KVCache
+
+from mlx_dsv3.config import ModelArgs
+from mlx_dsv3.mla import ABSORBED_MAX_QUERIES, MLA
+from mlx_dsv3.moe import MLP, MoE
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, args: ModelArgs, is_moe: bool):
+        super().__init__()
+        self.self_attn = MLA(args)
+        self.mlp = MoE(args) if is_moe else MLP(args.hidden_size, args.intermediate_size)
+        self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+
+    def __call__(self, h: mx.array, cache=None) -> mx.array:
+        h = h + self.self_attn(self.input_layernorm(h), cache)
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+
+class Decoder(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
+        self.layers = [
+            DecoderLayer(args, args.is_moe_layer(i)) for i in range(args.num_hidden_layers)
+        ]
+        self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+
+    def __call__(self, ids: mx.array, cache=None) -> mx.array:
+        h = self.embed_tokens(ids)
+        for i, layer in enumerate(self.layers):
+            h = layer(h, cache[i] if cache else None)
+            if ids.shape[1] > ABSORBED_MAX_QUERIES:
+                mx.eval(h)  # bounds the memory of a lazy prefill to one layer
+        return self.norm(h)
+
+
+class Model(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.args = args
+        self.model_type = args.model_type
+        self.model = Decoder(args)
+        self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+
+    def hidden(self, ids: mx.array, cache=None) -> mx.array:
+        """Return the states after the final norm, g (B, L, D), for ids (B, L)."""
+        return self.model(ids, cache)
+
+    def __call__(self, ids: mx.array, cache=None) -> mx.array:
+        """Return logits (B, L, vocabulary) for ids (B, L)."""
+        return self.lm_head(self.hidden(ids, cache))
+
+    @property
+    def layers(self) -> list[DecoderLayer]:
+        return self.model.layers
+
+    def make_cache(self) -> list[KVCache]:
+        """Return one empty latent cache for each layer (rows as keys, values of width 0)."""
+        return [KVCache() for _ in self.layers]
