@@ -1,0 +1,53 @@
+# `make demo` and `make test` make .venv, install what they need, and run. On macOS MLX uses the
+# GPU; on Linux the `cpu` extra brings MLX's CPU backend.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BACKEND := $(if $(filter Linux,$(shell uname -s)),cpu,)
+comma := ,
+
+# MLX's Linux build bundles a slow BLAS; Debian's libopenblas0-pthread is about 30 times faster in
+# float32 products. Used where it is installed, never required.
+BLAS := $(firstword $(wildcard /usr/lib/*/openblas-pthread/libblas.so.3))
+FAST := $(if $(BLAS),env LD_PRELOAD=$(BLAS))
+
+DEMO := build/demo-q4
+QUESTION := Hello! What is the capital of France?
+
+.PHONY: demo test lint format clean
+
+demo: $(DEMO)/config.json
+	@if [ -t 0 ]; then $(BIN)/python chat.py $(DEMO); \
+	else echo '> $(QUESTION)'; $(BIN)/python chat.py $(DEMO) -p '$(QUESTION)'; fi
+
+$(DEMO)/config.json: $(VENV)/.demo demo/checkpoint/config.json
+	$(BIN)/python -m convert run demo/checkpoint $(DEMO) --recipe q4
+
+test: $(VENV)/.test
+	$(FAST) $(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'error: `$(PYTHON)` is older than Python 3.11' >&2; \
+	    echo 'hint: make PYTHON=python3.12 demo' >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.$(if $(BACKEND),[$(BACKEND)])'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable \
+	  '.[$(if $(BACKEND),$(BACKEND)$(comma))reference,test]'
+	@touch $@ $(VENV)/.demo

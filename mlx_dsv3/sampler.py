@@ -1,0 +1,51 @@
+"""Choice of the next token: greedy, or by noise that depends only on the seed and the position.
+
+The token at a position is argmax(log-probabilities / temperature + Gumbel noise of that position),
+which samples exactly from the filtered distribution. Because the noise is a function of (seed,
+position) and not of what was drawn before, the same seed gives the same reply however the logits
+were computed: alone, in a batch of drafts, or after a resumed prompt.
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
+
+
+@dataclass
+class Sampler:
+    """Sampling settings; `temp` 0 is greedy. Filters apply before the temperature, as in mlx-lm."""
+
+    temp: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+
+    def filtered(self, logprobs: mx.array) -> mx.array:
+        """Return log-probabilities (rows, vocabulary) with what the filters drop at -inf."""
+        if 0 < self.top_p < 1:
+            logprobs = apply_top_p(logprobs, self.top_p)
+        if self.min_p > 0:
+            logprobs = apply_min_p(logprobs, self.min_p)
+        if 0 < self.top_k < logprobs.shape[-1]:
+            logprobs = apply_top_k(logprobs, self.top_k)
+        return logprobs
+
+    def noise(self, position: int, size: int) -> mx.array:
+        """Return the Gumbel noise (1, size) of one position."""
+        key = mx.array([self.seed & 0xFFFFFFFF, position], mx.uint32)
+        return mx.random.gumbel((1, size), key=key)
+
+    def __call__(self, logits: mx.array, position: int) -> mx.array:
+        """Return the token ids (rows,) chosen from logits (rows, vocabulary) of one sequence.
+
+        `position` is that of the first token chosen; row i chooses the token at position + i.
+        """
+        if self.temp == 0:
+            return mx.argmax(logits, axis=-1)
+        logits = logits.astype(mx.float32)
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        rows, size = logits.shape
+        noise = mx.concatenate([self.noise(position + i, size) for i in range(rows)])
+        return mx.argmax(self.filtered(logprobs) / self.temp + noise, axis=-1)
