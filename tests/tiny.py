@@ -185,3 +185,23 @@ def write_shards(folder, config, stored, storage="fp8", num_shards=3) -> Path:
         config = config | {"quantization_config": FP8_CONFIG}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     return folder
+
+
+def write_tokenizer(folder: Path, num_tokens: int = 100) -> Path:
+    """Write a tokenizer of whole words (`w0 w1 ...`), which mlx-lm's tools want to find."""
+    words = {f"w{i}": i + 2 for i in range(num_tokens - 2)}
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [],
+        "model": {"type": "WordLevel", "vocab": {"<s>": 0, "</s>": 1, **words}, "unk_token": "w0"},
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+    }
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "w0",
+    }
+    (Path(folder) / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (Path(folder) / "tokenizer_config.json").write_text(json.dumps(settings))
+    return Path(folder)

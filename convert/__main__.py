@@ -1,0 +1,171 @@
+"""Command line of the converter: plan, run, verify.
+
+Parses, calls, prints. `UserError` ends with status 2, a failed verification with 1, Ctrl-C with
+130 and a folder that the same command completes.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from convert import recipe as recipes
+from convert import verify
+from convert.plan import Plan, build
+from convert.progress import Progress, choose_style, size
+from convert.run import run
+from convert.source import open_folder
+from convert.summary import role_rows
+from mlx_dsv3.errors import UserError, run_main
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser; all defaults live here."""
+    root = argparse.ArgumentParser(
+        prog="python -m convert", description="Convert DeepSeek-V3 checkpoints to MLX folders."
+    )
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    plan = commands.add_parser("plan", help="show what `run` would write; writes nothing")
+    convert = commands.add_parser("run", help="convert SOURCE into DEST; repeat it to resume")
+    check = commands.add_parser("verify", help="read a converted folder back")
+    for command in (plan, convert):
+        command.add_argument("source", metavar="SOURCE", type=Path, help="folder of a checkpoint")
+    for command in (convert, check):
+        command.add_argument("dest", metavar="DEST", type=Path, help="folder of the result")
+        jobs = max(1, min(4, os.cpu_count() or 1))
+        command.add_argument("--jobs", type=int, default=jobs, help="threads for each stage")
+    for command in (plan, convert):
+        command.add_argument("--recipe", help=f"{', '.join(recipes.RECIPES)}, or a JSON file")
+        command.add_argument("--q-bits", type=int)
+        command.add_argument("--q-group-size", type=int)
+        command.add_argument("--q-mode", choices=list(recipes.ALLOWED))
+        command.add_argument(
+            "--stacked", action="store_true", help="stack routed experts, for other engines"
+        )
+    check.add_argument("--source", type=Path, help="derive a sample again from this checkpoint")
+    check.add_argument("--full", action="store_true", help="with --source: derive everything")
+    for command in (plan, convert, check):
+        command.add_argument("--json", action="store_true", help="JSON for scripts")
+    return root
+
+
+def make_plan(args: argparse.Namespace) -> Plan:
+    recipe = recipes.choose(args.recipe, args.q_bits, args.q_group_size, args.q_mode)
+    return build(open_folder(args.source), recipe, "stacked" if args.stacked else "records")
+
+
+def plan_command(args: argparse.Namespace) -> None:
+    """Print the table of roles and the totals."""
+    plan = make_plan(args)
+    rows = role_rows(plan)
+    if args.json:
+        print(json.dumps(_plan_json(plan, rows)))
+        return
+    table = Table("role", "tensors", "source", "stored as", "in", "out", "bits")
+    for column in table.columns:
+        column.no_wrap = True
+    for row in rows:
+        table.add_row(
+            row.role,
+            f"{len(row.tensors):,}",
+            " ".join(sorted(row.source_types)),
+            ", ".join(sorted(row.stored_as)),
+            size(row.source_bytes),
+            size(row.nbytes),
+            f"{8 * row.nbytes / row.weights:.2f}",
+        )
+    Console().print(table)
+    source = plan.source
+    print(
+        f"source: {len(source.tensors):,} tensors in {len(source.shard_bytes):,} shards, "
+        f"{size(source.nbytes)}; MTP: {'yes' if plan.with_mtp else 'no'}"
+    )
+    print(f"result: {len(plan.files):,} files, {size(plan.nbytes)} with `{plan.recipe.name}`")
+
+
+def _plan_json(plan: Plan, rows: list) -> dict:
+    roles = {
+        row.role: {
+            "tensors": len(row.tensors),
+            "source_types": sorted(row.source_types),
+            "stored_as": sorted(row.stored_as),
+            "weights": row.weights,
+            "source_bytes": row.source_bytes,
+            "bytes": row.nbytes,
+        }
+        for row in rows
+    }
+    return {
+        "recipe": plan.recipe.as_dict(),
+        "source_tensors": len(plan.source.tensors),
+        "source_bytes": plan.source.nbytes,
+        "has_mtp": plan.with_mtp,
+        "roles": roles,
+        "files": {name: file.nbytes for name, file in plan.files.items()},
+        "bytes": plan.nbytes,
+        "plan": plan.digest,
+    }
+
+
+def run_command(args: argparse.Namespace) -> None:
+    """Convert, or say that it is done already."""
+    _check_jobs(args.jobs)
+    progress = Progress(choose_style(args.json))
+    plan = make_plan(args)
+    if plan.source.args.has_mtp and not plan.with_mtp:
+        progress.note("config.json announces an MTP layer and the shards hold none: going without")
+    try:
+        converted = run(plan, args.dest, args.jobs, progress)
+    except KeyboardInterrupt:
+        progress.note("stopped; repeat the same command to go on")
+        raise
+    state = "converted" if converted else "was converted already"
+    progress.note(f"`{args.dest}` {state}: {size(plan.nbytes)}, `{plan.recipe.name}`")
+
+
+def verify_command(args: argparse.Namespace) -> int:
+    """Print findings; return 1 when there are any."""
+    _check_jobs(args.jobs)
+    if args.full and not args.source:
+        raise UserError("`--full` needs `--source`", "name the checkpoint of the conversion")
+    record = verify.open_record(args.dest)
+    findings = [*verify.check_files(args.dest, record, args.jobs)]
+    findings += verify.check_values(args.dest, args.jobs)
+    if args.source and not findings:
+        plan = verify.plan_again(record, open_folder(args.source))
+        findings += verify.check_against_source(args.dest, plan, args.full)
+    if args.json:
+        print(json.dumps({"findings": findings, "errors": record.get("errors")}))
+    else:
+        for finding in findings:
+            print(finding, file=sys.stderr)
+        print(
+            f"{len(findings)} findings in `{args.dest}`" if findings else f"`{args.dest}` is good"
+        )
+    return 1 if findings else 0
+
+
+def _check_jobs(jobs: int) -> None:
+    if jobs < 1:
+        raise UserError(f"`--jobs` is {jobs}; one thread is the least")
+
+
+COMMANDS = {"plan": plan_command, "run": run_command, "verify": verify_command}
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    return COMMANDS[args.command](args) or 0
+
+
+def entry() -> None:
+    """Run as a console script."""
+    sys.exit(run_main(main))
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,363 @@
+"""What convert will write, computed from headers and a recipe before a byte is read.
+
+`build` turns a checked source into output files (every tensor at its final place) and units of
+work (what one worker reads, converts and writes at once: an expert, a tensor, or a block of rows of
+a large tensor). It is pure: no file is touched and nothing is evaluated. The digest covers the
+source's headers, the recipe and every byte range, so that equal digests mean equal output.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from typing import NamedTuple
+
+from convert.layout import (
+    NEVER_QUANTIZED,
+    HubTensor,
+    check_tensors,
+    expert_tensors,
+    holds_mtp,
+    layer_tensors,
+    moe_layers,
+    mtp_duplicates,
+    mtp_tensors,
+    outer_tensors,
+)
+from convert.recipe import Quantization, Recipe
+from convert.source import DTYPE_BYTES, SCALE_SUFFIX, Source
+
+FORMAT = 1
+TRUNK_FILE_BYTES = 5 * 10**9
+BLOCK_ELEMENTS = 16 << 20  # 64 MB as float32: an expert's matrix of V3 passes in one piece
+RECORD_ALIGNMENT = 16 << 10  # a page of Apple Silicon: uncached reads are direct from there on
+MTP_FILE = "mtp.safetensors"
+
+
+class Part(NamedTuple):
+    """A tensor of the output before it has a place."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+class Module(NamedTuple):
+    """What one source matrix (or half of kv_b) becomes: an array per part, written in order."""
+
+    path: str
+    role: str
+    quantization: Quantization | None
+    parts: tuple[Part, ...]
+
+
+class Target(NamedTuple):
+    """A module, or some rows of it, with the byte range of each of its parts."""
+
+    path: str
+    role: str
+    quantization: Quantization | None
+    dtype: str
+    writes: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One piece of work. `rule` names the function in `transform.py`."""
+
+    index: int
+    rule: str
+    sources: tuple[str, ...]
+    rows: tuple[int, int] | None
+    file: str
+    targets: tuple[Target, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(nbytes for target in self.targets for _, nbytes in target.writes)
+
+
+@dataclass
+class OutputFile:
+    """A safetensors file whose header is known before its data."""
+
+    name: str
+    alignment: int
+    parts: list[Part] = field(default_factory=list)
+
+    @cached_property
+    def header(self) -> bytes:
+        """Return length and header, padded with spaces so that the data begins aligned."""
+        entries, place = {"__metadata__": {"format": "mlx"}}, 0
+        for part in self.parts:
+            offsets = [place, place + part.nbytes]
+            entries[part.name] = {
+                "dtype": part.dtype,
+                "shape": part.shape,
+                "data_offsets": offsets,
+            }
+            place += part.nbytes
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-(8 + len(text)) % self.alignment)
+        return len(text).to_bytes(8, "little") + text
+
+    @cached_property
+    def start_of(self) -> dict[str, int]:
+        """Return where each tensor begins, counted from the beginning of the file."""
+        starts, place = {}, len(self.header)
+        for part in self.parts:
+            starts[part.name] = place
+            place += part.nbytes
+        return starts
+
+    @cached_property
+    def nbytes(self) -> int:
+        return len(self.header) + sum(part.nbytes for part in self.parts)
+
+
+@dataclass
+class Plan:
+    """Files and units; `layout` is `records` or `stacked` and concerns the routed experts."""
+
+    source: Source
+    recipe: Recipe
+    layout: str
+    with_mtp: bool
+    files: dict[str, OutputFile]
+    units: list[Unit]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.nbytes for file in self.files.values())
+
+    @cached_property
+    def digest(self) -> str:
+        digest = hashlib.sha256()
+        recipe = self.recipe.as_dict() | {"name": None}
+        head = [FORMAT, self.layout, self.source.headers_sha256, self.source.config, recipe]
+        digest.update(json.dumps(head, sort_keys=True).encode())
+        for unit in self.units:
+            digest.update(repr((unit.rule, unit.sources, unit.rows, unit.file)).encode())
+            digest.update(repr([target.writes for target in unit.targets]).encode())
+        return digest.hexdigest()
+
+
+def build(source: Source, recipe: Recipe, layout: str = "records") -> Plan:
+    """Check the source's tensors and plan its conversion; raise `UserError` where it cannot."""
+    check_tensors(source)
+    planner = _Planner(source, recipe)
+    args, with_mtp = source.args, holds_mtp(source)
+    embedding, norm, head = outer_tensors(args)
+    trunk = [embedding]
+    for layer in range(args.num_hidden_layers):
+        trunk.extend(layer_tensors(args, layer))
+    planner.add_trunk([*trunk, norm, head])
+    for layer in moe_layers(args):
+        file = planner.open_file(f"model-experts-{layer:05d}.safetensors", RECORD_ALIGNMENT)
+        planner.add_experts(file, layer, layout)
+    if with_mtp:
+        file = planner.open_file(MTP_FILE, RECORD_ALIGNMENT)
+        planner.add_experts(file, args.num_hidden_layers, "records")
+        planner.add_tensors(file, list(mtp_tensors(args)))
+        planner.compare_duplicates()
+    return Plan(source, recipe, layout, with_mtp, planner.files, planner.ordered_units())
+
+
+class _Planner:
+    """Collects files and units while `build` walks through the model.
+
+    Parts are added to a file first; units need their places, hence the second pass in
+    `ordered_units`, when every header is final.
+    """
+
+    def __init__(self, source: Source, recipe: Recipe):
+        self.source, self.recipe = source, recipe
+        self.files: dict[str, OutputFile] = {}
+        self.pending: list[tuple] = []  # (tensors, file, modules, expert when stacked)
+
+    def open_file(self, name: str, alignment: int = 8) -> OutputFile:
+        return self.files.setdefault(name, OutputFile(name, alignment))
+
+    def add_trunk(self, tensors: list[HubTensor]) -> None:
+        """Spread tensors over files of at most `TRUNK_FILE_BYTES`."""
+        groups, room = [], 0
+        for tensor in tensors:
+            nbytes = sum(part.nbytes for module in self.modules(tensor) for part in module.parts)
+            if nbytes > room:
+                groups.append([])
+                room = TRUNK_FILE_BYTES
+            groups[-1].append(tensor)
+            room -= nbytes
+        for i, group in enumerate(groups):
+            name = f"model-trunk-{i + 1:05d}-of-{len(groups):05d}.safetensors"
+            self.add_tensors(self.open_file(name), group)
+
+    def add_tensors(self, file: OutputFile, tensors: list[HubTensor]) -> None:
+        for tensor in tensors:
+            modules = self.modules(tensor)
+            for module in modules:
+                file.parts.extend(module.parts)
+            self.pending.append(((tensor,), file, modules, None))
+
+    def add_experts(self, file: OutputFile, layer: int, layout: str) -> None:
+        """Add a layer's routed experts: one record after the other, or stacked by projection."""
+        args = self.source.args
+        for expert in range(args.n_routed_experts):
+            tensors = tuple(expert_tensors(args, layer, expert))
+            modules = [module for tensor in tensors for module in self.modules(tensor)]
+            if layout == "stacked":
+                modules = [_stacked(module) for module in modules]
+            if layout == "records" or expert == 0:
+                count = None if layout == "records" else args.n_routed_experts
+                file.parts.extend(
+                    part if count is None else part._replace(shape=(count, *part.shape))
+                    for module in modules
+                    for part in module.parts
+                )
+            slot = expert if layout == "stacked" else None
+            self.pending.append((tensors, file, modules, slot))
+
+    def modules(self, tensor: HubTensor) -> list[Module]:
+        """Return what a hub tensor becomes: kv_b two modules, everything else one."""
+        path = tensor.name.removesuffix(".weight")
+        if tensor.role == "bias":
+            dtype = self.source.tensors[tensor.name].dtype
+            return [Module(path, "bias", None, (Part(tensor.name, dtype, tensor.shape),))]
+        shapes = {path: tensor.shape}
+        if path.endswith("kv_b_proj"):
+            args, prefix = self.source.args, path.removesuffix("kv_b_proj")
+            heads, latent = args.num_attention_heads, args.kv_lora_rank
+            shapes = {
+                prefix + "embed_q": (heads, latent, args.qk_nope_head_dim),
+                prefix + "unembed_out": (heads, args.v_head_dim, latent),
+            }
+        return [self._module(path, shape, tensor.role) for path, shape in shapes.items()]
+
+    def _module(self, path: str, shape: tuple[int, ...], role: str) -> Module:
+        chosen = None
+        if role not in NEVER_QUANTIZED:
+            chosen = self.recipe.quantization(role, shape[-1])
+        if chosen is None:
+            return Module(path, role, None, (Part(f"{path}.weight", self.recipe.dtype, shape),))
+        *rows, width = shape
+        groups = (*rows, width // chosen.group_size)
+        parts = [Part(f"{path}.weight", "U32", (*rows, width * chosen.bits // 32))]
+        if chosen.mode == "affine":
+            parts.append(Part(f"{path}.scales", "BF16", groups))
+            parts.append(Part(f"{path}.biases", "BF16", groups))
+        else:
+            parts.append(Part(f"{path}.scales", "U8", groups))
+        return Module(path, role, chosen, tuple(parts))
+
+    def compare_duplicates(self) -> None:
+        """Add units that only compare the MTP layer's copies with embedding and head."""
+        for copy, original in mtp_duplicates(self.source.args).items():
+            if copy in self.source.tensors:
+                shape = self.source.tensors[original].shape
+                pair = tuple(HubTensor(name, shape, "mtp") for name in (copy, original))
+                self.pending.append((pair, None, [], None))
+
+    def ordered_units(self) -> list[Unit]:
+        """Return the units: comparisons first, then by the last shard that a unit needs."""
+        rank = {shard: i for i, shard in enumerate(sorted(self.source.shard_bytes))}
+        units = [unit for entry in self.pending for unit in self._units(*entry)]
+
+        def order(unit: Unit):
+            shards = [rank[shard] for shard in shards_of(self.source, unit)]
+            start = self.source.tensors[unit.sources[0]].start + (unit.rows or (0,))[0]
+            return (unit.rule != "compare", max(shards), start)
+
+        units.sort(key=order)
+        return [_numbered(unit, index) for index, unit in enumerate(units)]
+
+    def _units(self, tensors, file, modules, expert) -> Iterator[Unit]:
+        """Yield the units of an entry: one, or one for each block of rows of a large matrix."""
+        first, sources = tensors[0], tuple(tensor.name for tensor in tensors)
+        if file is None:
+            for rows in self._row_blocks(first.shape):
+                yield Unit(0, "compare", sources, rows, "", ())
+            return
+        rule = "matrix"
+        if first.role == "bias":
+            rule = "keep"
+        elif first.name.endswith("kv_b_proj.weight"):
+            rule = "split_kv_b"
+        may_split = rule == "matrix" and len(tensors) == 1 and len(first.shape) == 2
+        for rows in self._row_blocks(first.shape) if may_split else (None,):
+            targets = tuple(_target(file, module, rows, expert) for module in modules)
+            yield Unit(0, rule, sources, rows, file.name, targets)
+
+    def _row_blocks(self, shape: tuple[int, int]) -> Iterator[tuple[int, int] | None]:
+        """Yield ranges of rows that begin where an FP8 block begins; None when one suffices."""
+        rows, columns = shape
+        if rows * columns <= BLOCK_ELEMENTS:
+            yield None
+            return
+        step = max(1, BLOCK_ELEMENTS // columns // self.source.block[0]) * self.source.block[0]
+        for start in range(0, rows, step):
+            yield (start, min(start + step, rows))
+
+
+def _stacked(module: Module) -> Module:
+    """Rename `mlp.experts.7.gate_proj` to `mlp.switch_mlp.gate_proj`, mlx-lm's module."""
+    path = config_path(module.path)
+    parts = tuple(
+        part._replace(name=path + part.name.removeprefix(module.path)) for part in module.parts
+    )
+    return module._replace(path=path, parts=parts)
+
+
+def _target(file: OutputFile, module: Module, rows, expert: int | None) -> Target:
+    writes = []
+    for part in module.parts:
+        start, nbytes = file.start_of[part.name], part.nbytes
+        if rows:
+            row_bytes = nbytes // part.shape[0]
+            start, nbytes = start + rows[0] * row_bytes, (rows[1] - rows[0]) * row_bytes
+        if expert is not None:
+            start += expert * nbytes
+        writes.append((start, nbytes))
+    dtype = module.parts[0].dtype
+    return Target(module.path, module.role, module.quantization, dtype, tuple(writes))
+
+
+def _numbered(unit: Unit, index: int) -> Unit:
+    return Unit(index, *(getattr(unit, name) for name in Unit.__slots__[1:]))
+
+
+def config_path(path: str) -> str:
+    """Return mlx-lm's module name: an expert's projection belongs to `switch_mlp`."""
+    prefix, middle, rest = path.partition(".mlp.experts.")
+    return f"{prefix}.mlp.switch_mlp.{rest.partition('.')[2]}" if middle else path
+
+
+def shards_of(source: Source, unit: Unit) -> set[str]:
+    """Return the shards that hold a unit's weights and scales."""
+    shards = set()
+    for name in unit.sources:
+        shards.add(source.tensors[name].shard)
+        if source.scale_of(name):
+            shards.add(source.tensors[name + SCALE_SUFFIX].shard)
+    return shards
+
+
+def quantization_config(plan: Plan) -> dict | None:
+    """Return config.json's `quantization`, or None: the default, then what differs, by path.
+
+    The MTP module's paths are always listed: mlx-lm has no module of that name and ignores them.
+    """
+    default = plan.recipe.default
+    if default is None:
+        return None
+    config = dict(default.as_config())
+    for unit in plan.units:
+        for target in unit.targets:
+            if target.quantization and (unit.file == MTP_FILE or target.quantization != default):
+                config[config_path(target.path)] = target.quantization.as_config()
+    return config

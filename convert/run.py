@@ -1,0 +1,204 @@
+"""The conversion itself: read, derive, write, note, all at the same time.
+
+Reader threads fetch the next units' bytes; this thread alone builds and evaluates MLX graphs, on
+one stream for each job where MLX runs on the CPU and on one stream on a GPU; writer threads hash
+and write. A few units are in memory at any moment, whatever the size of the model.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import mlx.core as mx
+
+from convert.destination import JOURNAL, LOCK, RECORD_FILE, Destination
+from convert.journal import Done
+from convert.metadata import (
+    conversion_record,
+    device_kind,
+    file_record,
+    write_json,
+    write_small_files,
+)
+from convert.plan import Plan, Unit
+from convert.progress import Progress
+from convert.transform import Derived, Raw, derive, read_unit
+from convert.writer import Writer, explain, flush_file, sync_folder
+
+SYNC_BYTES = 1 << 30
+SYNC_SECONDS = 10.0
+CACHE_BYTES = 256 << 20  # Metal would otherwise keep every freed buffer
+
+
+def run(plan: Plan, folder: Path, jobs: int, progress: Progress) -> bool:
+    """Convert into `folder`; return False when that is done already.
+
+    Raises `UserError` for a destination that belongs to something else, a damaged source or a full
+    disk. Whatever interrupts it, the same call goes on and gives the same bytes.
+    """
+    destination = Destination(folder)
+    if destination.is_complete(plan.digest):
+        return False
+    mx.set_cache_limit(CACHE_BYTES)
+    head = {
+        "recipe": plan.recipe.name,
+        "revision": plan.source.revision,
+        "plan": plan.digest,
+        "units": len(plan.units),
+        "mlx": mx.__version__,
+        "device": device_kind(),
+    }
+    try:
+        destination.open(head)
+        _Run(plan, destination, jobs, progress).finish(head)
+    except OSError as error:
+        raise explain(error, folder) from error
+    finally:
+        progress.stop()
+        destination.close()
+    return True
+
+
+class _Run:
+    """One run over the units that are not done yet."""
+
+    def __init__(self, plan: Plan, destination: Destination, jobs: int, progress: Progress):
+        self.plan, self.destination, self.jobs, self.progress = plan, destination, jobs, progress
+        self.journal = destination.journal
+        self.writer = Writer(destination.partial, plan.files)
+        self.sync: Future | None = None
+        self.sync_count = 0  # units that the sync under way covers
+        self.sync_s, self.bytes_since_sync = time.monotonic(), 0
+
+    def finish(self, head: dict) -> None:
+        """Do what is left: units, small files, checksums, renames."""
+        if not self.journal.is_finishing:
+            self.resume(head)
+            self.convert()
+            self.complete_folder()
+            self.journal.mark_finishing()
+        names = {path.name for path in self.destination.partial.iterdir()}
+        self.destination.publish(sorted(names - {JOURNAL, LOCK}))
+
+    def resume(self, head: dict) -> None:
+        """Lay out the files, and read back what no sync has confirmed."""
+        unconfirmed = self.journal.begin(head)
+        self.writer.lay_out()
+        for index, done in unconfirmed.items():
+            if self.writer.digest_on_disk(self.plan.units[index]) == done.sha256:
+                self.journal.add(index, done)
+        finished = sum(self.plan.units[index].nbytes for index in self.journal.done)
+        self.progress.start(sum(unit.nbytes for unit in self.plan.units), finished)
+
+    def convert(self) -> None:
+        """Push every unit that is not done through reading, deriving and writing."""
+        todo = [unit for unit in self.plan.units if unit.index not in self.journal.done]
+        pools = [
+            ThreadPoolExecutor(self.jobs),
+            ThreadPoolExecutor(self.jobs),
+            ThreadPoolExecutor(1),
+        ]
+        readers, writers, syncer = pools
+        try:
+            raws = ahead(lambda unit: read_unit(self.plan.source, unit), todo, readers, self.jobs)
+            derived = evaluate(raws, self.plan, streams(self.jobs))
+            for (unit, outputs), sha256 in ahead(self.write, derived, writers, self.jobs):
+                self.note_done(unit, outputs, sha256, syncer)
+            self.start_sync(syncer)
+            self.end_sync()
+        finally:
+            for pool in pools:
+                pool.shutdown(cancel_futures=True)
+
+    def write(self, item: tuple[Unit, list[Derived]]) -> str:
+        unit, outputs = item
+        return self.writer.write(unit, [array for output in outputs for array in output.arrays])
+
+    def note_done(self, unit: Unit, outputs: list[Derived], sha256: str, syncer) -> None:
+        """Enter a written unit into the journal, and sync now and then."""
+        errors = [None if output.errors is None else output.errors.tolist() for output in outputs]
+        self.journal.add(unit.index, Done(sha256, errors))
+        self.progress.advance(unit.nbytes, unit.file)
+        self.bytes_since_sync += unit.nbytes
+        if self.sync and self.sync.done():
+            self.end_sync()
+        is_due = time.monotonic() - self.sync_s > SYNC_SECONDS or self.bytes_since_sync > SYNC_BYTES
+        if is_due and not self.sync:
+            self.start_sync(syncer)
+
+    def start_sync(self, syncer: ThreadPoolExecutor) -> None:
+        """Bring the files to the disk in the background; the journal may claim it afterwards."""
+        self.end_sync()
+        self.sync_count = len(self.journal.unsynced)
+        self.sync_s, self.bytes_since_sync = time.monotonic(), 0
+        self.sync = syncer.submit(self.writer.sync)
+
+    def end_sync(self) -> None:
+        if not self.sync:
+            return
+        try:
+            self.sync.result()
+        except OSError:
+            self.journal.drop_unsynced()
+            raise
+        self.sync = None
+        self.journal.mark_synced(self.sync_count)
+
+    def complete_folder(self) -> None:
+        """Write everything that is no tensor, conversion.json last, and bring it to the disk."""
+        partial = self.destination.partial
+        names = [*self.plan.files, *write_small_files(self.plan, partial)]
+        with ThreadPoolExecutor(self.jobs) as pool:
+            records = pool.map(file_record, [partial / name for name in names])
+            files = dict(sorted(zip(names, records, strict=True)))
+        record = conversion_record(self.plan, self.journal.done, files)
+        write_json(partial / RECORD_FILE, record)
+        for name in (*names, RECORD_FILE):
+            flush_file(partial / name)
+        sync_folder(partial)
+
+
+def streams(jobs: int) -> list[mx.Stream]:
+    """Return the streams to compute on: each has its own thread on the CPU backend."""
+    if device_kind() == "gpu":
+        return [mx.default_stream(mx.default_device())]
+    return [mx.new_stream(mx.cpu) for _ in range(jobs)]
+
+
+def evaluate(
+    raws: Iterable[tuple[Unit, list[Raw]]], plan: Plan, on: list[mx.Stream]
+) -> Iterator[tuple[Unit, list[Derived]]]:
+    """Yield each unit with its evaluated arrays, keeping every stream busy with a next one."""
+    args, block = plan.source.args, plan.source.block
+    running = deque()
+    for i, (unit, raw) in enumerate(raws):
+        with mx.stream(on[i % len(on)]):
+            outputs = derive(unit, raw, args, block) if raw else []
+            mx.async_eval(outputs)
+        running.append((unit, outputs))
+        if len(running) > len(on):
+            yield _evaluated(running.popleft())
+    while running:
+        yield _evaluated(running.popleft())
+
+
+def _evaluated(item: tuple[Unit, list[Derived]]) -> tuple[Unit, list[Derived]]:
+    """Wait for a unit's arrays and open them as memory views, which writer threads may use."""
+    unit, outputs = item
+    mx.eval(outputs)
+    return unit, [Derived([memoryview(a) for a in arrays], errors) for arrays, errors in outputs]
+
+
+def ahead(function: Callable, items: Iterable, pool: ThreadPoolExecutor, depth: int) -> Iterator:
+    """Yield (item, function(item)) in order, with `depth` more calls under way in the pool."""
+    waiting = deque()
+    for item in items:
+        waiting.append((item, pool.submit(function, item)))
+        if len(waiting) > depth:
+            item, future = waiting.popleft()
+            yield item, future.result()
+    while waiting:
+        item, future = waiting.popleft()
+        yield item, future.result()

@@ -1,0 +1,141 @@
+"""Read a finished folder back and say what is wrong with it.
+
+Three questions: are the bytes those that were written (sha256 of every file), are they sensible
+(headers, index, finite values), and do they follow from the original (`--source`: units derived
+again and compared bit for bit). Findings are sentences; none means that the folder is good.
+"""
+
+import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from convert import recipe as recipes
+from convert.destination import PARTIAL, RECORD_FILE
+from convert.metadata import file_record, record_digest
+from convert.plan import MTP_FILE, Plan, Unit, build
+from convert.source import (
+    INDEX_FILE,
+    Source,
+    Tensor,
+    parse_header,
+    read_bytes,
+    read_header,
+    read_index,
+)
+from convert.transform import derive, read_unit
+from convert.writer import read_ranges
+from mlx_dsv3.config import read_json
+from mlx_dsv3.errors import UserError
+
+CHUNK_BYTES = 64 << 20
+SAMPLE_PER_ROLE = 4
+
+
+def open_record(folder: Path) -> dict:
+    """Return conversion.json of a finished folder; raise `UserError` where there is none."""
+    if not folder.is_dir():
+        raise UserError(f"`{folder}` is no folder", "give a folder that `convert run` wrote")
+    if (folder / PARTIAL).exists():
+        raise UserError(
+            f"`{folder}` is still in conversion", "repeat the `convert run` that began it"
+        )
+    if not (folder / RECORD_FILE).is_file():
+        raise UserError(
+            f"`{folder}` has no {RECORD_FILE}", "only folders of `convert run` can be verified"
+        )
+    return read_json(folder / RECORD_FILE)
+
+
+def check_files(folder: Path, record: dict, jobs: int) -> Iterator[str]:
+    """Yield a sentence for every file that is not what conversion.json says."""
+    if record.get("digest") != record_digest(record):
+        yield f"`{RECORD_FILE}` does not match its own digest"
+    files = record.get("files", {})
+    present = [name for name in files if (folder / name).is_file()]
+    yield from (f"`{name}` is missing" for name in files if name not in present)
+    with ThreadPoolExecutor(jobs) as pool:
+        found = pool.map(lambda name: file_record(folder / name), present)
+        for name, entry in zip(present, found, strict=True):
+            if entry["bytes"] != files[name]["bytes"]:
+                yield f"`{name}` has {entry['bytes']:,} bytes, not {files[name]['bytes']:,}"
+            elif entry["sha256"] != files[name]["sha256"]:
+                yield f"`{name}` was changed: its sha256 is not that of conversion.json"
+
+
+def check_values(folder: Path, jobs: int) -> Iterator[str]:
+    """Yield a sentence for every tensor that the index misses or that is not finite."""
+    indexed = read_index(read_json(folder / INDEX_FILE), INDEX_FILE)
+    shards = [*indexed, *([MTP_FILE] if (folder / MTP_FILE).is_file() else [])]
+    with ThreadPoolExecutor(jobs) as pool:
+        for shard in shards:
+            path = folder / shard
+            try:
+                header = parse_header(read_header(path), shard, path.stat().st_size)
+            except (UserError, OSError) as error:
+                yield getattr(error, "message", str(error))
+                continue
+            if shard in indexed and set(header) != set(indexed[shard]):
+                yield f"`{shard}` and `{INDEX_FILE}` name different tensors"
+            finite = pool.map(lambda tensor, path=path: is_finite(path, tensor), header.values())
+            for name, good in zip(header, finite, strict=True):
+                if not good:
+                    yield f"`{name}` in `{shard}` has values that are not finite"
+
+
+def is_finite(path: Path, tensor: Tensor) -> bool:
+    """Say whether a BF16 or F32 tensor holds neither NaN nor infinity; read in small pieces."""
+    if tensor.dtype not in ("BF16", "F32"):
+        return True
+    for start in range(0, tensor.nbytes, CHUNK_BYTES):
+        data = read_bytes(path, tensor.start + start, min(CHUNK_BYTES, tensor.nbytes - start))
+        if tensor.dtype == "BF16":
+            good = int((np.frombuffer(data, np.uint16) & 0x7FFF).max()) < 0x7F80
+        else:
+            good = bool(np.isfinite(np.frombuffer(data, np.float32)).all())
+        if not good:
+            return False
+    return True
+
+
+def plan_again(record: dict, source: Source) -> Plan:
+    """Plan the recorded conversion from its source; refuse a source that is another one."""
+    plan = build(source, recipes.from_dict(record["recipe"], RECORD_FILE), record["layout"])
+    if plan.digest != record["plan"]:
+        raise UserError(
+            f"the source is not the one that {RECORD_FILE} was made from",
+            "compare `revision` in conversion.json with the checkpoint's",
+        )
+    return plan
+
+
+def check_against_source(folder: Path, plan: Plan, full: bool) -> Iterator[str]:
+    """Yield a sentence for every unit, of a sample or of all, that does not follow again."""
+    for unit in plan.units if full else sample(plan):
+        raws = read_unit(plan.source, unit)
+        if not raws:
+            continue
+        outputs = derive(unit, raws, plan.source.args, plan.source.block)
+        mx.eval(outputs)
+        arrays = [array for output in outputs for array in output.arrays]
+        stored = read_ranges(folder, unit)
+        if any(bytes(memoryview(a)) != b for a, b in zip(arrays, stored, strict=True)):
+            rows = f" rows {unit.rows[0]:,} to {unit.rows[1]:,}" if unit.rows else ""
+            yield f"`{unit.sources[0]}`{rows} in `{unit.file}` does not follow from the source"
+
+
+def sample(plan: Plan) -> list[Unit]:
+    """Return a few units of every role, always the same ones."""
+    by_role = {}
+    for unit in plan.units:
+        for role in {target.role for target in unit.targets}:
+            by_role.setdefault(role, []).append(unit)
+    draw = random.Random(0)
+    picked = {}
+    for _, units in sorted(by_role.items()):
+        for unit in draw.sample(units, min(SAMPLE_PER_ROLE, len(units))):
+            picked[unit.index] = unit
+    return list(picked.values())
