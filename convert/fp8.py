@@ -35,6 +35,6 @@ def decode_scales(raw: bytes, dtype: str, shape: tuple[int, int]) -> np.ndarray:
     else:
         assert dtype == "F8_E8M0", dtype
         codes = np.frombuffer(raw, np.uint8)
-        powers = np.ldexp(np.float32(1), codes.astype(np.int32) - 127)
+        powers = np.ldexp(np.float32(1), np.minimum(codes, 254).astype(np.int32) - 127)
         scales = np.where(codes == 255, np.float32("nan"), powers)
     return scales.reshape(shape)

@@ -167,7 +167,10 @@ def _check_tensor(source: Source, tensor: HubTensor) -> set[str]:
             "config.json and shards belong to different checkpoints; fetch both again",
         )
     if found.dtype not in WEIGHT_DTYPES or (tensor.role == "bias" and found.dtype == "F8_E4M3"):
-        raise UserError(f"`{tensor.name}` has dtype `{found.dtype}`; FP8, BF16 and F32 convert")
+        raise UserError(
+            f"`{tensor.name}` has dtype `{found.dtype}`; F8_E4M3, BF16 and F32 convert",
+            "look on the hub for the FP8 or BF16 form of this checkpoint",
+        )
     if found.dtype != "F8_E4M3":
         return {tensor.name}
     _check_scale(source, tensor)

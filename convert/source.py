@@ -77,7 +77,7 @@ def parse_header(raw: bytes, shard: str, file_bytes: int) -> dict[str, Tensor]:
 def _entry(shard: str, data_start: int, entry: dict) -> Tensor:
     begin, end = entry["data_offsets"]
     if entry["dtype"] not in DTYPE_BYTES:
-        raise UserError(f"`{shard}` holds the unknown dtype `{entry['dtype']}`")
+        raise UserError(f"`{shard}` holds the unknown dtype `{entry['dtype']}`", AGAIN)
     return Tensor(shard, entry["dtype"], tuple(entry["shape"]), data_start + begin, end - begin)
 
 
@@ -120,7 +120,9 @@ def read_index(index: dict, name: str) -> dict[str, list[str]]:
     shards = {}
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
-            raise UserError(f"`{name}` puts `{tensor}` into `{shard}`, which is no file name")
+            raise UserError(
+                f"`{name}` puts `{tensor}` into `{shard}`, which is no file name", AGAIN
+            )
         shards.setdefault(shard, []).append(tensor)
     return dict(sorted(shards.items()))
 
@@ -142,7 +144,8 @@ class Source:
             digest.update(f"{shard} {size} ".encode() + raw)
             for name, tensor in parse_header(raw, shard, size).items():
                 if name in self.tensors:
-                    raise UserError(f"`{name}` lies in `{self.tensors[name].shard}` and `{shard}`")
+                    first = self.tensors[name].shard
+                    raise UserError(f"`{name}` lies in `{first}` and in `{shard}`", AGAIN)
                 self.tensors[name] = tensor
         self.headers_sha256 = digest.hexdigest()
 
@@ -181,7 +184,10 @@ def block_size(config: dict) -> tuple[int, int]:
             "look on the hub for the FP8 or BF16 form of this checkpoint",
         )
     if not isinstance(block, list) or len(block) != 2 or min(block) < 1:
-        raise UserError(f"config.json has `weight_block_size` `{block}`; two sizes are needed")
+        raise UserError(
+            f"config.json has `weight_block_size` `{block}`; two sizes are needed",
+            "look on the hub for the block FP8 or BF16 form of this checkpoint",
+        )
     return (block[0], block[1])
 
 
