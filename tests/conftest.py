@@ -1,0 +1,65 @@
+"""Fixtures: random models written as MLX folders once a session, and loaded on both sides."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+import tiny
+import torch
+from mlx_folder import write_mlx
+from parity.pairs import Pair, load_reference
+
+from mlx_dsv3.load import load_model
+
+# Threads cost more than they give at these sizes: 5 s against 0.05 s a forward, 2 busy cores.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def random_folder(tmp_path_factory):
+    """Return a function (config, bias mean, ...) -> (folder, tensors it means), made once each."""
+    made = {}
+
+    def write(config: dict, bias_mean=2.0, seed=0, **options) -> tuple[Path, dict]:
+        key = repr((config, bias_mean, seed, options))
+        if key not in made:
+            tensors = tiny.random_tensors(config, seed, bias_mean)
+            folder = tmp_path_factory.mktemp("mlx")
+            made[key] = folder, write_mlx(folder, config, tensors, **options)
+        return made[key]
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def random_pair(random_folder):
+    """Return a function (config, bias mean, ...) -> Pair; the MLX side is loaded each time."""
+    references = {}
+
+    def load(config: dict, bias_mean=2.0, seed=0, dtype=mx.float32, **options) -> Pair:
+        folder, tensors = random_folder(config, bias_mean, seed, **options)
+        if folder not in references:
+            references[folder] = load_reference(config, tensors)
+        model, mtp, store, args, _ = load_model(folder, dtype=dtype)
+        store.close()
+        return Pair(model, mtp, args, references[folder], tensors, config)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def oracle(tmp_path_factory):
+    """Return a function (config, bias mean) -> transformers' model with the same tensors."""
+    from parity.oracle import Oracle  # transformers takes 3 s to import: only where it is used
+
+    made = {}
+
+    def load(config: dict, bias_mean=2.0, seed=0) -> Oracle:
+        key = repr((config, bias_mean, seed))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("hub")
+            tiny.write_hub(folder, config, seed=seed, bias_mean=bias_mean, storage="bf16")
+            made[key] = Oracle(folder, config["num_hidden_layers"])
+        return made[key]
+
+    return load

@@ -1,0 +1,1 @@
+"""MLX against the reference and against transformers, with the same hub tensors on every side."""
