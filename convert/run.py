@@ -86,6 +86,7 @@ class _Run:
         """Lay out the files, and read back what no sync has confirmed."""
         unconfirmed = self.journal.begin(head)
         self.writer.lay_out()
+        sync_folder(self.destination.partial)
         for index, done in unconfirmed.items():
             if self.writer.digest_on_disk(self.plan.units[index]) == done.sha256:
                 self.journal.add(index, done)

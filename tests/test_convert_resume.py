@@ -1,0 +1,170 @@
+"""Killed anywhere, by SIGKILL or by losing power, and resumed: the bytes of a straight run.
+
+The conversions run in processes of their own, whose system calls are counted (and made to kill
+the process in the middle of a write). A power loss is played by undoing, in random parts, the
+writes that no flush had covered when the process died.
+"""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import A, write_hub
+
+ROOT = Path(__file__).parent.parent
+NUM_KILLS = 25
+# argv: what dies ("bytes" written or the n-th "rename"), at which count, event log, jobs, command.
+CHILD = """
+import os, signal, sys, threading
+import convert.run, convert.writer, convert.journal
+from convert.__main__ import main
+convert.run.SYNC_BYTES = 100_000
+what, left, log, jobs = sys.argv[1], int(sys.argv[2]), os.open(sys.argv[3], 1089, 0o644), sys.argv[4]
+real_write, real_flush, real_replace = os.pwrite, convert.writer.flush, os.replace
+lock = threading.Lock()
+
+def note(*words):
+    os.write(log, ("\\t".join(map(str, words)) + "\\n").encode())
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def pwrite(descriptor, data, offset):
+    global left
+    with lock:
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        dies = what == "bytes" and len(data) > left
+        count = real_write(descriptor, data[:left] if dies else data, offset)
+        note("write", path, offset, count)
+        if dies:
+            die()
+        left -= count if what == "bytes" else 0
+        return count
+
+def flush(descriptor):
+    path = os.readlink(f"/proc/self/fd/{descriptor}")
+    with lock:
+        note("flushing", path)
+    real_flush(descriptor)
+    with lock:
+        note("flushed", path)
+
+def replace(old, new):
+    global left
+    if what == "rename":
+        if left == 0:
+            die()
+        left -= 1
+    real_replace(old, new)
+
+os.pwrite, os.replace = pwrite, replace
+convert.writer.flush = convert.journal.flush = flush
+sys.exit(main(["run", *sys.argv[5:], "--jobs", jobs]))
+"""
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts through /proc")
+
+
+def child(hub: Path, out: Path, what: str = "bytes", count: int = 1 << 40, jobs: int = 2) -> int:
+    """Run a conversion that dies at `count`; return its status, leave its events in a log."""
+    log = out.with_suffix(".log")
+    log.unlink(missing_ok=True)
+    argv = [sys.executable, "-c", CHILD, what, str(count), str(log), str(jobs), str(hub), str(out)]
+    return subprocess.run(argv, cwd=ROOT, stderr=subprocess.DEVNULL).returncode
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def events(out: Path) -> list[list[str]]:
+    return [line.split("\t") for line in out.with_suffix(".log").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """Return a checkpoint, the files of its undisturbed conversion, and its events."""
+    folder = tmp_path_factory.mktemp("straight")
+    hub = write_hub(folder / "hub", A)
+    assert child(hub, folder / "out") == 0
+    return hub, contents(folder / "out"), events(folder / "out")
+
+
+def test_sigkill_at_25_points(straight, tmp_path):
+    """Drawn over all bytes written; at least 20 fall between the first and the last tensor."""
+    hub, want, log = straight
+    writes = [
+        (path, int(count)) for what, path, *rest in log if what == "write" for count in rest[1:]
+    ]
+    total = sum(count for _, count in writes)
+    headers = len({path for path, _ in writes if path.endswith(".safetensors")}) + 1
+    first = sum(count for _, count in writes[:headers])  # journal head, then a header for each file
+    points = sorted(random.Random(1).sample(range(total), NUM_KILLS))
+    assert sum(first < point < total for point in points) >= 20
+    for i, point in enumerate(points):
+        out = tmp_path / str(i)
+        assert child(hub, out, "bytes", point, jobs=1 + i % 3) == -9
+        assert {path.name for path in out.iterdir()} == {".partial"}
+        assert child(hub, out, jobs=1 + i % 2) == 0
+        assert contents(out) == want, f"killed at byte {point:,} of {total:,}"
+
+
+def test_sigkill_between_renames(straight, tmp_path):
+    """config.json comes last: until then the folder must not look finished."""
+    hub, want, _ = straight
+    for i in range(len(want)):
+        out = tmp_path / str(i)
+        assert child(hub, out, "rename", i) == -9
+        assert not (out / "config.json").exists() and (out / ".partial").exists()
+        assert child(hub, out) == 0
+        assert contents(out) == want
+
+
+def lose_power(out: Path, draw: random.Random, safe: dict[str, int]) -> int:
+    """Undo parts of what no flush had covered: zero it, and cut files off behind the rest.
+
+    `safe` remembers from one loss to the next how far into each file a flush has reached: the
+    disk has promised to keep that. Returns the number of bytes lost.
+    """
+    unsynced, flushing, lost = {}, {}, 0
+    for what, path, *rest in events(out):
+        pending = unsynced.setdefault(path, [])
+        if what == "write":
+            pending.append((int(rest[0]), int(rest[1])))
+        elif what == "flushing":
+            flushing[path] = len(pending)
+        else:
+            covered = pending[: flushing.pop(path)]
+            safe[path] = max([safe.get(path, 0), *(offset + count for offset, count in covered)])
+            del pending[: len(covered)]
+    for path, pending in unsynced.items():
+        pending = pending[draw.randint(0, len(pending)) :]
+        if not pending or not os.path.isfile(path):
+            continue
+        with open(path, "r+b") as file:
+            for offset, count in pending:
+                file.seek(offset)
+                file.write(bytes(count))
+                lost += count
+            cut = max(safe.get(path, 0), min(offset for offset, _ in pending))
+            if draw.random() < 0.5 and cut < os.path.getsize(path):
+                file.truncate(cut)
+    return lost
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_power_loss(straight, tmp_path, seed):
+    """One conversion that loses power again and again, in random places, and still ends well."""
+    hub, want, log = straight
+    total = sum(int(rest[1]) for what, _, *rest in log if what == "write")
+    draw, lost, num_losses, safe = random.Random(seed), 0, 0, {}
+    out = tmp_path / "out"
+    while child(hub, out, "bytes", draw.randrange(total // 2)) == -9:
+        lost += lose_power(out, draw, safe)
+        num_losses += 1
+    assert contents(out) == want
+    assert num_losses >= 2 and lost > 0
