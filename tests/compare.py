@@ -35,8 +35,10 @@ LAYER = Bound(absolute=1e-5, relative=1e-5, cosine=1e-10)
 FORMS = Bound(absolute=1e-4, relative=1e-4, cosine=1e-8)
 # The reference's float32 against its float64: both transformers' and ours floor at 2e-6 (spec 7.1).
 ORACLE = Bound(absolute=3e-5, relative=1e-5, cosine=1e-10)
-# A bfloat16 attention core against a float64 one: FlashMLA's three numbers.
-BF16_CORE = Bound(absolute=1e-3, relative=2.01 / 128, cosine=5e-6)
+# A bfloat16 attention against a float64 one. Relative: FlashMLA's. Its 1e-3 and 5e-6 are for the
+# core alone; ours rounds at two more products: four roundings of 2^-9 give a cosine of 3e-5 at
+# worst, and outputs lie within +-1. Measured: 3e-3, 9e-3, 7e-6.
+BF16_ATTENTION = Bound(absolute=8e-3, relative=2.01 / 128, cosine=2e-5)
 
 
 def to_numpy(array) -> np.ndarray:
