@@ -128,25 +128,46 @@ def run_command(args: argparse.Namespace) -> None:
 
 
 def verify_command(args: argparse.Namespace) -> int:
-    """Print findings; return 1 when there are any."""
+    """Print the errors by role and what was found; return 1 when that is anything."""
     _check_jobs(args.jobs)
     if args.full and not args.source:
         raise UserError("`--full` needs `--source`", "name the checkpoint of the conversion")
     record = verify.open_record(args.dest)
-    findings = [*verify.check_files(args.dest, record, args.jobs)]
-    findings += verify.check_values(args.dest, args.jobs)
+    findings, num_derived = [*verify.check_files(args.dest, record, args.jobs)], 0
+    if not findings:  # damaged headers would only be reported twice
+        findings += verify.check_values(args.dest, args.jobs)
     if args.source and not findings:
         plan = verify.plan_again(record, open_folder(args.source))
-        findings += verify.check_against_source(args.dest, plan, args.full)
+        again = [*verify.check_against_source(args.dest, record, plan, args.full)]
+        findings, num_derived = [text for _, text in again if text], len(again)
     if args.json:
-        print(json.dumps({"findings": findings, "errors": record.get("errors")}))
-    else:
-        for finding in findings:
-            print(finding, file=sys.stderr)
-        print(
-            f"{len(findings)} findings in `{args.dest}`" if findings else f"`{args.dest}` is good"
-        )
+        result = {"findings": findings, "derived_again": num_derived, "roles": record.get("roles")}
+        print(json.dumps(result))
+        return 1 if findings else 0
+    Console().print(error_table(record.get("roles", {})))
+    for finding in findings:
+        print(finding, file=sys.stderr)
+    again = f"; {num_derived:,} pieces derived again and equal" if num_derived else ""
+    print(
+        f"`{args.dest}`: {len(findings)} findings" if findings else f"`{args.dest}` is good{again}"
+    )
     return 1 if findings else 0
+
+
+def error_table(roles: dict) -> Table:
+    """Return conversion.json's errors for printing; they are root mean squares of samples."""
+    table = Table("role", "size", "bits", "error", "worst", "worst tensor")
+    for role, row in roles.items():
+        worst = row.get("worst", {})
+        table.add_row(
+            role,
+            size(row["bytes"]),
+            f"{row['bits_per_weight']:.2f}",
+            f"{row.get('relative_rms_error', 0):.2%}",
+            f"{worst.get('relative_rms_error', 0):.2%}",
+            worst.get("tensor", ""),
+        )
+    return table
 
 
 def _check_jobs(jobs: int) -> None:

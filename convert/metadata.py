@@ -14,7 +14,7 @@ import mlx.core as mx
 from convert.journal import Done
 from convert.plan import FORMAT, MTP_FILE, Plan, quantization_config
 from convert.source import INDEX_FILE
-from convert.summary import error_table
+from convert.summary import role_record
 
 # Code in the repository (tokenizers of Moonlight and Kimi) is copied and never run.
 COPIED = (
@@ -75,7 +75,7 @@ def conversion_record(plan: Plan, done: dict[int, Done], files: dict[str, dict])
         "plan": plan.digest,
         "versions": {"mlx": mx.__version__},
         "device": device_kind(),
-        "errors": error_table(plan, done),
+        "roles": role_record(plan, done),
         "files": files,
     }
     return record | {"digest": record_digest(record)}
@@ -104,7 +104,11 @@ def write_small_files(plan: Plan, folder: Path) -> list[str]:
 
 
 def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json_text(value), encoding="utf-8")
+
+
+def json_text(value: dict) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def file_record(path: Path) -> dict:

@@ -62,29 +62,39 @@ def label(target: Target) -> str:
     return f"{quantization.bits} bits/{quantization.group_size}"
 
 
-def error_table(plan: Plan, done: dict[int, Done]) -> dict[str, dict]:
-    """Return relative RMS errors by role, with each role's worst tensor.
+def role_record(plan: Plan, done: dict[int, Done]) -> dict[str, dict]:
+    """Return conversion.json's table: size, bits and relative RMS error of every role.
 
-    Summed in the order of the units, so that it does not depend on the order of work.
+    Errors are summed in the order of the units, so that they do not depend on the order of work.
     """
     sums: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0]))
     for unit in plan.units:
-        found = done[unit.index].errors if unit.index in done else []
-        for target, errors in zip(unit.targets, found, strict=False):
+        for target, errors in zip(unit.targets, done[unit.index].errors, strict=True):
             if errors:
                 total = sums[target.role][target.path]
                 total[0] += errors[0]
                 total[1] += errors[1]
-    return {role: _role_errors(tensors) for role, tensors in sorted(sums.items())}
+    record = {}
+    for row in role_rows(plan):
+        record[row.role] = {
+            "tensors": len(row.tensors),
+            "weights": row.weights,
+            "bytes": row.nbytes,
+            "bits_per_weight": round(8 * row.nbytes / row.weights, 3),
+            **_role_errors(sums.get(row.role)),
+        }
+    return record
 
 
-def _role_errors(tensors: dict[str, list[float]]) -> dict:
+def _role_errors(tensors: dict[str, list[float]] | None) -> dict:
+    if not tensors:
+        return {}
     relative = {name: _relative(*pair) for name, pair in tensors.items()}
     worst = max(relative, key=relative.get)
     total = [sum(pair[i] for pair in tensors.values()) for i in (0, 1)]
     return {
-        "relative_rms": _relative(*total),
-        "worst": {"tensor": worst, "relative_rms": relative[worst]},
+        "relative_rms_error": _relative(*total),
+        "worst": {"tensor": worst, "relative_rms_error": relative[worst]},
     }
 
 

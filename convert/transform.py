@@ -84,9 +84,14 @@ def is_finite(raw: Raw) -> bool:
         largest = float(np.abs(raw.scale).max())
         has_nan = b"\x7f" in raw.data or b"\xff" in raw.data
         return not has_nan and largest * FP8_MAX < BF16_MAX  # also False for NaN
-    if raw.dtype == "BF16":
-        return int((np.frombuffer(raw.data, np.uint16) & 0x7FFF).max()) < 0x7F80
-    return bool((np.abs(np.frombuffer(raw.data, np.float32)) < BF16_MAX).all())
+    return all_finite(raw.dtype, raw.data)
+
+
+def all_finite(dtype: str, data: bytearray) -> bool:
+    """Say whether BF16 or F32 values hold neither NaN nor infinity, also after rounding to BF16."""
+    if dtype == "BF16":
+        return int((np.frombuffer(data, np.uint16) & 0x7FFF).max()) < 0x7F80
+    return bool((np.abs(np.frombuffer(data, np.float32)) < BF16_MAX).all())
 
 
 def derive(unit: Unit, raws: list[Raw], args: ModelArgs, block: tuple[int, int]) -> list[Derived]:
