@@ -15,6 +15,13 @@ from mlx_dsv3.load import load_model
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def fixed_seeds():
+    """Give every test the same random state, whatever ran before it."""
+    mx.random.seed(0)
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def random_folder(tmp_path_factory):
     """Return a function (config, bias mean, ...) -> (folder, tensors it means), made once each."""
