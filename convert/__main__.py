@@ -10,16 +10,13 @@ import os
 import sys
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from convert import recipe as recipes
 from convert import verify
 from convert.plan import Plan, build
 from convert.progress import Progress, choose_style, size
+from convert.report import plan_record, print_errors, print_plan
 from convert.run import run
 from convert.source import open_folder
-from convert.summary import role_rows
 from mlx_dsv3.errors import UserError, run_main
 
 
@@ -59,56 +56,12 @@ def make_plan(args: argparse.Namespace) -> Plan:
 
 
 def plan_command(args: argparse.Namespace) -> None:
-    """Print the table of roles and the totals."""
+    """Print what `run` would do."""
     plan = make_plan(args)
-    rows = role_rows(plan)
     if args.json:
-        print(json.dumps(_plan_json(plan, rows)))
-        return
-    table = Table("role", "tensors", "source", "stored as", "in", "out", "bits")
-    for column in table.columns:
-        column.no_wrap = True
-    for row in rows:
-        table.add_row(
-            row.role,
-            f"{len(row.tensors):,}",
-            " ".join(sorted(row.source_types)),
-            ", ".join(sorted(row.stored_as)),
-            size(row.source_bytes),
-            size(row.nbytes),
-            f"{8 * row.nbytes / row.weights:.2f}",
-        )
-    Console().print(table)
-    source = plan.source
-    print(
-        f"source: {len(source.tensors):,} tensors in {len(source.shard_bytes):,} shards, "
-        f"{size(source.nbytes)}; MTP: {'yes' if plan.with_mtp else 'no'}"
-    )
-    print(f"result: {len(plan.files):,} files, {size(plan.nbytes)} with `{plan.recipe.name}`")
-
-
-def _plan_json(plan: Plan, rows: list) -> dict:
-    roles = {
-        row.role: {
-            "tensors": len(row.tensors),
-            "source_types": sorted(row.source_types),
-            "stored_as": sorted(row.stored_as),
-            "weights": row.weights,
-            "source_bytes": row.source_bytes,
-            "bytes": row.nbytes,
-        }
-        for row in rows
-    }
-    return {
-        "recipe": plan.recipe.as_dict(),
-        "source_tensors": len(plan.source.tensors),
-        "source_bytes": plan.source.nbytes,
-        "has_mtp": plan.with_mtp,
-        "roles": roles,
-        "files": {name: file.nbytes for name, file in plan.files.items()},
-        "bytes": plan.nbytes,
-        "plan": plan.digest,
-    }
+        print(json.dumps(plan_record(plan)))
+    else:
+        print_plan(plan)
 
 
 def run_command(args: argparse.Namespace) -> None:
@@ -144,7 +97,7 @@ def verify_command(args: argparse.Namespace) -> int:
         result = {"findings": findings, "derived_again": num_derived, "roles": record.get("roles")}
         print(json.dumps(result))
         return 1 if findings else 0
-    Console().print(error_table(record.get("roles", {})))
+    print_errors(record.get("roles", {}))
     for finding in findings:
         print(finding, file=sys.stderr)
     again = f"; {num_derived:,} pieces derived again and equal" if num_derived else ""
@@ -152,22 +105,6 @@ def verify_command(args: argparse.Namespace) -> int:
         f"`{args.dest}`: {len(findings)} findings" if findings else f"`{args.dest}` is good{again}"
     )
     return 1 if findings else 0
-
-
-def error_table(roles: dict) -> Table:
-    """Return conversion.json's errors for printing; they are root mean squares of samples."""
-    table = Table("role", "size", "bits", "error", "worst", "worst tensor")
-    for role, row in roles.items():
-        worst = row.get("worst", {})
-        table.add_row(
-            role,
-            size(row["bytes"]),
-            f"{row['bits_per_weight']:.2f}",
-            f"{row.get('relative_rms_error', 0):.2%}",
-            f"{worst.get('relative_rms_error', 0):.2%}",
-            worst.get("tensor", ""),
-        )
-    return table
 
 
 def _check_jobs(jobs: int) -> None:

@@ -7,10 +7,12 @@ keeps a second run out. Knows nothing of tensors.
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 from convert.journal import Journal
+from convert.progress import size
 from convert.writer import sync_folder
 from mlx_dsv3.config import read_json
 from mlx_dsv3.errors import UserError
@@ -82,6 +84,22 @@ class Destination:
         begun = self.journal.head
         if begun is not None and begun != head:
             raise UserError(*_disagreement(self.folder, begun, head, self.journal))
+
+    def check_space(self, nbytes: int) -> None:
+        """Refuse a disk that cannot hold `nbytes`, counting what is written here already."""
+        parent = next(
+            path for path in (self.folder, *self.folder.absolute().parents) if path.exists()
+        )
+        written = 0
+        if self.partial.exists():
+            written = sum(path.stat().st_blocks * 512 for path in self.partial.iterdir())
+        free = shutil.disk_usage(parent).free
+        if nbytes - written > free:
+            raise UserError(
+                f"the result needs {size(nbytes - written)} more on the disk of `{self.folder}`, "
+                f"which has {size(free)} free",
+                "free some space, or choose a recipe with fewer bits or another disk",
+            )
 
     def publish(self, names: Iterable[str]) -> None:
         """Rename everything into place, config.json last, and remove `.partial`.

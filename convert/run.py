@@ -35,12 +35,13 @@ CACHE_BYTES = 256 << 20  # Metal would otherwise keep every freed buffer
 def run(plan: Plan, folder: Path, jobs: int, progress: Progress) -> bool:
     """Convert into `folder`; return False when that is done already.
 
-    Raises `UserError` for a destination that belongs to something else, a damaged source or a full
-    disk. Whatever interrupts it, the same call goes on and gives the same bytes.
+    Raises `UserError` for a destination that belongs to something else, a damaged source, a disk
+    that is too small or full. After any interruption the same call goes on to the same bytes.
     """
     destination = Destination(folder)
     if destination.is_complete(plan.digest):
         return False
+    destination.check_space(plan.nbytes)
     mx.set_cache_limit(CACHE_BYTES)
     head = {
         "recipe": plan.recipe.name,

@@ -254,7 +254,7 @@ def test_plan_command_reads_headers_only(tmp_path, capsys):
 
 
 def test_records_lie_in_numeric_order(tmp_path):
-    """`experts.10` comes after `experts.9`; within a record gate, up, down, each with its scales."""
+    """`experts.10` comes after `experts.9`; a record is gate, up, down, each with its scales."""
     plan = build(open_folder(write_hub(tmp_path / "hub", D)), RECIPES["q4"])
     names = [part.name for part in plan.files["model-experts-00002.safetensors"].parts]
     prefix = "model.layers.2.mlp.experts"

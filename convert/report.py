@@ -1,0 +1,136 @@
+"""What `plan` and `verify` print: tables for people, dictionaries for `--json`.
+
+Sizes in memory are sums of what the files hold; what a run adds on top (activations, buffers) is
+the runtime's to say.
+"""
+
+import time
+
+import mlx.core as mx
+from rich.console import Console
+from rich.table import Table
+
+from convert.fp8 import dequantize_blocks
+from convert.plan import Plan
+from convert.progress import size
+from convert.summary import role_rows
+
+CACHE_DTYPE_BYTES = 2
+PROBE_SHAPE = (2048, 2048)
+
+
+def compact_table(*columns: str) -> Table:
+    """Return a table without lines: eight columns have to fit into 80 characters."""
+    table = Table(*columns, box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for column in table.columns:
+        column.no_wrap = True
+    return table
+
+
+def print_plan(plan: Plan) -> None:
+    """Print the table of roles, the totals, and what the result needs to run."""
+    table = compact_table("role", "tensors", "source", "stored as", "in", "out", "bits")
+    for row in role_rows(plan):
+        table.add_row(
+            row.role,
+            f"{len(row.tensors):,}",
+            " ".join(sorted(row.source_types)),
+            ", ".join(sorted(row.stored_as)),
+            size(row.source_bytes),
+            size(row.nbytes),
+            f"{8 * row.nbytes / row.weights:.2f}",
+        )
+    Console().print(table)
+    source, memory = plan.source, memory_needs(plan)
+    print(
+        f"\nsource  {len(source.tensors):,} tensors in {len(source.shard_bytes):,} shards, "
+        f"{size(source.nbytes)}; {'with' if plan.with_mtp else 'without'} MTP layer\n"
+        f"result  {len(plan.files):,} files, {size(plan.nbytes)} with `{plan.recipe.name}`; "
+        f"this much free disk is needed\n"
+        f"memory  {size(memory['resident_bytes'])} to run resident; "
+        f"from {size(memory['streamed_bytes'])} streamed, "
+        f"{size(memory['quarter_bytes'])} with a quarter of the experts in memory;\n"
+        f"        and {memory['bytes_per_token'] / 1e3:.1f} KB for each token of context\n"
+        f"time    about {minutes_of_arithmetic(plan):.0f} min of arithmetic on one stream here, "
+        f"if the disk keeps up"
+    )
+
+
+def memory_needs(plan: Plan) -> dict[str, int]:
+    """Return the bytes that the result's weights take, resident and streamed.
+
+    Streamed keeps everything but routed experts, and as many experts of each layer as one token
+    needs; `quarter_bytes` is the same with a quarter of the experts.
+    """
+    args, total, experts = plan.source.args, 0, 0
+    for file in plan.files.values():
+        for part in file.parts:
+            total += part.nbytes
+            if ".mlp.experts." in part.name or ".mlp.switch_mlp." in part.name:
+                experts += part.nbytes
+    slot = experts // args.n_routed_experts  # one expert of every layer
+    width = args.kv_lora_rank + args.qk_rope_head_dim
+    return {
+        "resident_bytes": total,
+        "streamed_bytes": total - experts + slot * args.num_experts_per_tok,
+        "quarter_bytes": total - experts + experts // 4,
+        "bytes_per_token": args.num_hidden_layers * width * CACHE_DTYPE_BYTES,
+    }
+
+
+def minutes_of_arithmetic(plan: Plan) -> float:
+    """Return the minutes that MLX needs for all weights, from a sample of the work done now."""
+    rows, columns = PROBE_SHAPE
+    codes = mx.zeros(PROBE_SHAPE, mx.uint8)
+    scale = mx.ones((rows // 128, columns // 128))
+    settings = plan.recipe.default
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        matrix = dequantize_blocks(codes, scale, (128, 128))
+        mx.eval(mx.quantize(matrix, **settings.as_config()) if settings else matrix)
+        seconds.append(time.perf_counter() - began)
+    weights = sum(row.weights for row in role_rows(plan))
+    return min(seconds) / (rows * columns) * weights / 60
+
+
+def plan_record(plan: Plan) -> dict:
+    """Return the plan for `--json`."""
+    roles = {
+        row.role: {
+            "tensors": len(row.tensors),
+            "source_types": sorted(row.source_types),
+            "stored_as": sorted(row.stored_as),
+            "weights": row.weights,
+            "source_bytes": row.source_bytes,
+            "bytes": row.nbytes,
+        }
+        for row in role_rows(plan)
+    }
+    return {
+        "recipe": plan.recipe.as_dict(),
+        "source_tensors": len(plan.source.tensors),
+        "source_bytes": plan.source.nbytes,
+        "has_mtp": plan.with_mtp,
+        "roles": roles,
+        "files": {name: file.nbytes for name, file in plan.files.items()},
+        "bytes": plan.nbytes,
+        "memory": memory_needs(plan),
+        "plan": plan.digest,
+    }
+
+
+def print_errors(roles: dict) -> None:
+    """Print conversion.json's errors by role; they are root mean squares of samples."""
+    table = compact_table("role", "size", "bits", "error", "worst", "worst tensor")
+    for role, row in roles.items():
+        worst = row.get("worst", {})
+        table.add_row(
+            role,
+            size(row["bytes"]),
+            f"{row['bits_per_weight']:.2f}",
+            f"{row.get('relative_rms_error', 0):.2%}",
+            f"{worst.get('relative_rms_error', 0):.2%}",
+            worst.get("tensor", "").removeprefix("model."),
+        )
+    Console().print(table)
