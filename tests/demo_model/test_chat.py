@@ -1,0 +1,172 @@
+"""chat.py as a person meets it: one question, a pipe, a terminal, and what goes wrong."""
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CHAT = ROOT / "chat.py"
+QUESTION = "What is the capital of France?"
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+def run(*arguments, stdin: str = "", cwd=ROOT) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(CHAT), *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        command, input=stdin, capture_output=True, text=True, cwd=cwd, timeout=120, env=environment
+    )
+
+
+class Terminal:
+    """chat.py on a pseudo-terminal."""
+
+    def __init__(self, *arguments):
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.environ |= {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+            os.execv(sys.executable, [sys.executable, str(CHAT), *map(str, arguments)])
+        self.text = ""
+
+    def until(self, pattern: str, timeout_s: float = 40) -> str:
+        """Read until the pattern appears in what was printed since the last call."""
+        deadline = time.monotonic() + timeout_s
+        while not re.search(pattern, self.text):
+            left = deadline - time.monotonic()
+            assert left > 0, f"no `{pattern}` in {self.text!r}"
+            if select.select([self.fd], [], [], left)[0]:
+                try:
+                    text = os.read(self.fd, 4096).decode(errors="replace")
+                    self.text = ESCAPES.sub("", self.text + text)
+                except OSError:  # Linux: the other side is closed
+                    assert re.search(pattern, self.text), f"no `{pattern}` in {self.text!r}"
+                    break
+        seen, self.text = self.text, ""
+        return seen
+
+    def type(self, text: str) -> None:
+        os.write(self.fd, text.encode())
+
+    def status(self, timeout_s: float = 30) -> int:
+        """Return the exit status of a chat that is leaving; kill one that does not."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if select.select([self.fd], [], [], 0.05)[0]:
+                try:
+                    os.read(self.fd, 4096)
+                except OSError:
+                    pass
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+        os.kill(self.pid, signal.SIGKILL)
+        raise AssertionError("the chat did not leave")
+
+
+def test_one_shot_prints_the_answer_alone_on_stdout(demo_q4):
+    done = run(demo_q4, "-p", QUESTION)
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout and done.stdout.count("\n") == 1
+    assert re.search(r"prompt \d+ tokens .* reply \d+ tokens", done.stderr)
+
+
+def test_stdin_is_the_question_or_is_appended(demo_q4):
+    assert "Paris" in run(demo_q4, stdin=QUESTION).stdout
+    assert "Paris" in run(demo_q4, "-p", "What is the capital", stdin="of France?").stdout
+
+
+def test_stats_as_json_and_off(demo_q4):
+    stats = json.loads(run(demo_q4, "-p", QUESTION, "--stats", "json").stderr)
+    assert stats["reply_tokens"] > 3 and stats["prompt_s"] > 0
+    assert run(demo_q4, "-p", QUESTION, "--stats", "off").stderr == ""
+
+
+def test_terminal_session(demo_q4):
+    """A whole session: help, a question, a follow-up that reuses it, clear, unknown, Ctrl-D."""
+    terminal = Terminal(demo_q4)
+    terminal.until(">>>")
+    terminal.type("/help\r")
+    assert "/clear" in terminal.until("keep what was said(.|\n)*>>>")
+    terminal.type(QUESTION + "\r")
+    assert "Paris" in terminal.until(r"\(0 reused\)(.|\n)*>>>")
+    terminal.type("And what is the capital of Italy?\r")
+    terminal.until(r"\([1-9]\d* reused\)(.|\n)*>>>")
+    terminal.type("/clear\r")
+    terminal.until(r"\(cleared\)(.|\n)*>>>")
+    terminal.type("/frobnicate\r")
+    terminal.until(r"unknown command `/frobnicate`(.|\n)*>>>")
+    terminal.type("\x03")
+    terminal.until(r"Ctrl-D leaves\)(.|\n)*>>>")
+    terminal.type("\x04")
+    assert terminal.status() == 0
+
+
+def test_ctrl_c_stops_the_reply_and_keeps_the_session(demo_q4):
+    """At a high temperature the demo model rambles on until it is stopped."""
+    terminal = Terminal(demo_q4, "--temp", "30", "--seed", "4")
+    terminal.until(">>>")
+    terminal.type("Tell me something long.\r")
+    terminal.until("long.(.|\n){60,}")
+    os.kill(terminal.pid, signal.SIGINT)
+    terminal.until(r"\(stopped\)(.|\n)*>>>")
+    terminal.type("/exit\r")
+    assert terminal.status() == 0
+
+
+def test_exit_leaves(demo_q4):
+    terminal = Terminal(demo_q4)
+    terminal.until(">>>")
+    terminal.type("/exit\r")
+    assert terminal.status() == 0
+
+
+def refused(done: subprocess.CompletedProcess, *words: str) -> None:
+    """Check the form of a refusal: exit 2, one `error:` sentence that holds the words, a hint."""
+    assert done.returncode == 2 and done.stdout == "", done
+    match = re.fullmatch(r"error: ([^\n]+)\n\nhint: ([^\n]+)\n", done.stderr)
+    assert match, done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+def test_without_a_model_the_hint_is_make_demo(tmp_path):
+    refused(run("-p", "Hi", cwd=tmp_path), "make demo")
+
+
+def test_model_that_is_no_folder(tmp_path):
+    refused(run(tmp_path / "absent", "-p", "Hi"), str(tmp_path / "absent"), "no folder")
+
+
+def test_model_without_weights(tmp_path, demo_q4):
+    (tmp_path / "config.json").write_text((demo_q4 / "config.json").read_text())
+    refused(run(tmp_path, "-p", "Hi"), "no weights")
+
+
+def test_model_that_is_the_hub_checkpoint(checkpoint):
+    refused(run(checkpoint, "-p", "Hi"), "hub checkpoint", "python -m convert run")
+
+
+def test_model_in_conversion(tmp_path, demo_q4):
+    (tmp_path / ".partial").mkdir()
+    refused(run(tmp_path, "-p", "Hi"), "still in conversion")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["-p", "Hi", "--max-tokens", "0"], "--max-tokens"),
+        (["-p", "Hi", "--temp", "-1"], "--temp"),
+        ([], "stdin is empty"),
+    ],
+)
+def test_bad_arguments(demo_q4, arguments, word):
+    refused(run(demo_q4, *arguments), word)
