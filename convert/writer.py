@@ -25,9 +25,9 @@ def flush(descriptor: int) -> None:
 
 
 def write_at(descriptor: int, data, offset: int) -> None:
-    """Write all of `data` (bytes or a byte view) at `offset`."""
-    view = memoryview(data)
-    while view.nbytes:
+    """Write all of `data` (bytes, or a view of bytes in any shape) at `offset`."""
+    view = memoryview(data).cast("B")
+    while view:
         count = os.pwrite(descriptor, view, offset)
         view, offset = view[count:], offset + count
 

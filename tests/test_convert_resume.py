@@ -5,6 +5,7 @@ the process in the middle of a write). A power loss is played by undoing, in ran
 writes that no flush had covered when the process died.
 """
 
+import fcntl
 import os
 import random
 import subprocess
@@ -13,17 +14,20 @@ from pathlib import Path
 
 import pytest
 
+from convert.__main__ import main
 from tests.tiny import A, write_hub
 
 ROOT = Path(__file__).parent.parent
 NUM_KILLS = 25
-# argv: what dies ("bytes" written or the n-th "rename"), at which count, event log, jobs, command.
+# argv: what ends it ("kill" or "interrupt" at a byte, "rename"), count, log, jobs, folders.
 CHILD = """
 import os, signal, sys, threading
 import convert.run, convert.writer, convert.journal
 from convert.__main__ import main
+from mlx_dsv3.errors import run_main
 convert.run.SYNC_BYTES = 100_000
-what, left, log, jobs = sys.argv[1], int(sys.argv[2]), os.open(sys.argv[3], 1089, 0o644), sys.argv[4]
+what, left, log, jobs = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
+log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 real_write, real_flush, real_replace = os.pwrite, convert.writer.flush, os.replace
 lock = threading.Lock()
 
@@ -31,18 +35,18 @@ def note(*words):
     os.write(log, ("\\t".join(map(str, words)) + "\\n").encode())
 
 def die():
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGINT if what == "interrupt" else signal.SIGKILL)
 
 def pwrite(descriptor, data, offset):
     global left
     with lock:
         path = os.readlink(f"/proc/self/fd/{descriptor}")
-        dies = what == "bytes" and len(data) > left
+        dies = what != "rename" and len(data) > left >= 0  # once: an interrupt lets it live on
         count = real_write(descriptor, data[:left] if dies else data, offset)
         note("write", path, offset, count)
         if dies:
             die()
-        left -= count if what == "bytes" else 0
+        left -= 0 if what == "rename" else count + dies
         return count
 
 def flush(descriptor):
@@ -63,18 +67,22 @@ def replace(old, new):
 
 os.pwrite, os.replace = pwrite, replace
 convert.writer.flush = convert.journal.flush = flush
-sys.exit(main(["run", *sys.argv[5:], "--jobs", jobs]))
+sys.exit(run_main(lambda: main(["run", *sys.argv[5:], "--jobs", jobs])))
 """
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts through /proc")
 
 
-def child(hub: Path, out: Path, what: str = "bytes", count: int = 1 << 40, jobs: int = 2) -> int:
+def child(hub: Path, out: Path, what: str = "kill", count: int = 1 << 40, jobs: int = 2) -> int:
     """Run a conversion that dies at `count`; return its status, leave its events in a log."""
     log = out.with_suffix(".log")
     log.unlink(missing_ok=True)
     argv = [sys.executable, "-c", CHILD, what, str(count), str(log), str(jobs), str(hub), str(out)]
     return subprocess.run(argv, cwd=ROOT, stderr=subprocess.DEVNULL).returncode
+
+
+def resume(hub: Path, out: Path, *flags: str) -> int:
+    return main(["run", str(hub), str(out), *flags])
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -107,9 +115,9 @@ def test_sigkill_at_25_points(straight, tmp_path):
     assert sum(first < point < total for point in points) >= 20
     for i, point in enumerate(points):
         out = tmp_path / str(i)
-        assert child(hub, out, "bytes", point, jobs=1 + i % 3) == -9
+        assert child(hub, out, "kill", point, jobs=1 + i % 3) == -9
         assert {path.name for path in out.iterdir()} == {".partial"}
-        assert child(hub, out, jobs=1 + i % 2) == 0
+        assert resume(hub, out, "--jobs", str(1 + i % 2)) == 0
         assert contents(out) == want, f"killed at byte {point:,} of {total:,}"
 
 
@@ -120,7 +128,7 @@ def test_sigkill_between_renames(straight, tmp_path):
         out = tmp_path / str(i)
         assert child(hub, out, "rename", i) == -9
         assert not (out / "config.json").exists() and (out / ".partial").exists()
-        assert child(hub, out) == 0
+        assert resume(hub, out) == 0
         assert contents(out) == want
 
 
@@ -163,8 +171,32 @@ def test_power_loss(straight, tmp_path, seed):
     total = sum(int(rest[1]) for what, _, *rest in log if what == "write")
     draw, lost, num_losses, safe = random.Random(seed), 0, 0, {}
     out = tmp_path / "out"
-    while child(hub, out, "bytes", draw.randrange(total // 2)) == -9:
+    while child(hub, out, "kill", draw.randrange(total // 2)) == -9:
         lost += lose_power(out, draw, safe)
         num_losses += 1
     assert contents(out) == want
     assert num_losses >= 2 and lost > 0
+
+
+def test_ctrl_c_stops_and_says_how_to_go_on(straight, tmp_path):
+    """Status 130, one line, no traceback; the same command completes the folder."""
+    hub, want, _ = straight
+    out = tmp_path / "out"
+    argv = [sys.executable, "-c", CHILD, "interrupt", "300000", str(tmp_path / "log"), "2"]
+    stopped = subprocess.run([*argv, str(hub), str(out)], cwd=ROOT, capture_output=True, text=True)
+    assert stopped.returncode == 130
+    assert stopped.stderr.strip() == "stopped; repeat the same command to go on"
+    assert child(hub, out) == 0
+    assert contents(out) == want
+
+
+def test_a_second_run_beside_a_living_one_is_refused(straight, tmp_path):
+    hub, _, _ = straight
+    out = tmp_path / "out"
+    assert child(hub, out, "kill", 300_000) == -9
+    with open(out / ".partial" / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        argv = [sys.executable, "-m", "convert", "run", str(hub), str(out)]
+        second = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert second.returncode == 2
+    assert f"error: another conversion is at work in `{out}`" in second.stderr

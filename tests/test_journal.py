@@ -1,0 +1,96 @@
+"""The journal: what it believes after a kill, a torn line, a lost tail, a failed flush."""
+
+import pytest
+
+from convert.journal import Done, Journal
+
+HEAD = {"recipe": "q4"}
+ERRORS = [[0.1, 2.5e-7], None]
+
+
+def done(index: int) -> Done:
+    return Done(f"{index:064x}", ERRORS)
+
+
+def write(path, num_synced: int, num_more: int) -> bytes:
+    """Write a journal with some synced and some unsynced units; return its bytes."""
+    journal = Journal(path)
+    journal.begin(HEAD)
+    for index in range(num_synced):
+        journal.add(index, done(index))
+    journal.mark_synced(num_synced)
+    for index in range(num_synced, num_synced + num_more):
+        journal.add(index, done(index))
+    journal.close()
+    return path.read_bytes()
+
+
+def test_units_after_the_last_sync_must_be_confirmed(tmp_path):
+    write(tmp_path / "journal", 3, 2)
+    journal = Journal(tmp_path / "journal")
+    assert journal.head == HEAD and not journal.is_finishing
+    assert journal.done == {index: done(index) for index in range(3)}
+    assert journal.begin(HEAD) == {3: done(3), 4: done(4)}
+    journal.close()
+
+
+def test_a_confirmed_unit_survives_and_another_is_forgotten(tmp_path):
+    """The unsynced tail is cut: a later mark must not cover a unit that was lost."""
+    write(tmp_path / "journal", 3, 2)
+    journal = Journal(tmp_path / "journal")
+    unconfirmed = journal.begin(HEAD)
+    journal.add(4, unconfirmed[4])
+    journal.mark_synced(1)
+    journal.close()
+    assert set(Journal(tmp_path / "journal").done) == {0, 1, 2, 4}
+
+
+@pytest.mark.parametrize("damage", ["cut", "zeroed", "flipped"])
+def test_every_damaged_tail_is_a_prefix(tmp_path, damage):
+    """Whatever happens to the end of the file, what is believed is a prefix of what was said."""
+    path = tmp_path / "journal"
+    data = write(path, 3, 3)
+    for place in range(len(data)):
+        if damage == "cut":
+            path.write_bytes(data[:place])
+        elif damage == "zeroed":
+            path.write_bytes(data[:place] + bytes(len(data) - place))
+        else:
+            path.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
+        journal = Journal(path)
+        found = {**journal.done, **journal.unsynced}
+        assert list(found) == list(range(len(found)))
+        assert all(found[index] == done(index) for index in found)
+        assert set(journal.done) in (set(), {0, 1, 2})
+
+
+def test_a_failed_flush_takes_its_units_back(tmp_path):
+    """After EIO or ENOSPC in fsync the page cache still shows what the disk may not have."""
+    journal = Journal(tmp_path / "journal")
+    journal.begin(HEAD)
+    journal.add(0, done(0))
+    journal.mark_synced(1)
+    journal.add(1, done(1))
+    journal.drop_unsynced()
+    journal.close()
+    again = Journal(tmp_path / "journal")
+    assert set(again.done) == {0} and again.begin(HEAD) == {}
+    again.close()
+
+
+def test_finishing_is_remembered(tmp_path):
+    write(tmp_path / "journal", 2, 0)
+    journal = Journal(tmp_path / "journal")
+    journal.begin(HEAD)
+    journal.mark_finishing()
+    journal.close()
+    assert Journal(tmp_path / "journal").is_finishing
+
+
+def test_an_unreadable_head_begins_anew(tmp_path):
+    path = tmp_path / "journal"
+    path.write_bytes(b"\0" * 100)
+    journal = Journal(path)
+    assert journal.head is None and journal.begin(HEAD) == {}
+    journal.close()
+    assert Journal(path).head == HEAD
