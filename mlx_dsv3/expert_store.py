@@ -1,19 +1,25 @@
-"""Routed experts: from byte extents in files to the slots of a bank.
+"""Routed experts in memory: banks of slots, filled from disk as they are needed.
 
-An expert on disk is a handful of extents (file, offset, length, destination); a *record* folder
-has them adjacent, a *stacked* folder (`switch_mlp`, mlx-lm's) spread over nine tensors, and both
-go through the same code. Bytes are read with `preadv` straight into the rows of the bank's
-arrays; only scales that must be widened pass through a buffer. No layer arithmetic here but the
-gathered product itself.
+Each MoE layer has one `Bank` of C slots. With a slot for every expert it is *resident*: filled
+once, slot e holds expert e, and nothing ever waits for the host. With fewer it is *streamed*:
+`begin` maps the experts of a step to slots, evicting the least recently used, and reader threads
+bring the missing ones straight into the rows of the bank's arrays while MLX computes.
 
-Banks are owned by the store and are never assigned into, cast or updated: MLX would put another
-array in their place and later reads would go to the orphan.
+The rule that makes writing into MLX arrays safe: a slot remembers the last array computed from it
+(`readers`), and that array is evaluated before a byte of the slot changes. Graphs are lazy; the
+router of the next layer having run proves nothing. Banks are never assigned into, cast or updated:
+MLX would put another array in their place and later reads would go to the orphan.
+
+No layer arithmetic here but the gathered product. Threads touch bytes only, never MLX.
 """
 
+import fcntl
 import os
-import re
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import queue
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
@@ -21,35 +27,23 @@ import numpy as np
 
 from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.errors import UserError
+from mlx_dsv3.expert_files import (
+    FLOAT_BYTES,
+    PARTS,
+    LayerExperts,
+    Quantization,
+    Request,
+    convert_floats,
+    read_exactly,
+)
 from mlx_dsv3.headers import TensorInfo
 
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-PARTS = ("weight", "scales", "biases")
-READERS = 8  # threads; a disk wants 8-16 requests in flight
-EXPERT_KEY = re.compile(
-    r"model\.layers\.(\d+)\.mlp\."
-    r"(?:experts\.(\d+)|switch_mlp)\.(gate_proj|up_proj|down_proj)\.(weight|scales|biases)"
-)
-FLOATS = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
-PACKED = {"U32": mx.uint32, "U8": mx.uint8}
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """How the weights of one projection are packed."""
-
-    bits: int
-    group_size: int
-    mode: str
-
-
-def infer_quantization(in_dims: int, packed: int, groups: int, scale_dtype: str) -> Quantization:
-    """Recover bits, group size and mode from shapes; block formats have one-byte scales."""
-    bits, group_size = packed * 32 // in_dims, in_dims // groups
-    if scale_dtype != "U8":
-        return Quantization(bits, group_size, "affine")
-    modes = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
-    return Quantization(bits, group_size, modes[bits, group_size])
+NUM_READERS = 12
+# A reader that wants the GIL waits up to this long for the main thread (Python's default is 5 ms).
+SWITCH_INTERVAL_S = 0.0005
+BANK_DTYPES = {"U32": mx.uint32, "U8": mx.uint8}
+FLOAT_DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
+EMPTY = -1
 
 
 @dataclass
@@ -79,120 +73,171 @@ class Projection:
             sorted_indices=is_sorted,
         )
 
+    @property
+    def nbytes(self) -> int:
+        arrays = (self.weight, self.scales, self.biases)
+        return sum(array.nbytes for array in arrays if array is not None)
+
 
 @dataclass
+class Counters:
+    """What one layer's bank did: experts asked for, found, read; bytes; seconds waited."""
+
+    hits: int = 0
+    misses: int = 0
+    nbytes: int = 0
+    wait_s: float = 0.0
+
+    def __sub__(self, other: "Counters") -> "Counters":
+        return Counters(*(getattr(self, f) - getattr(other, f) for f in self.__dataclass_fields__))
+
+    def __add__(self, other: "Counters") -> "Counters":
+        return Counters(*(getattr(self, f) + getattr(other, f) for f in self.__dataclass_fields__))
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / max(self.hits + self.misses, 1)
+
+
+class Fetch:
+    """Reads under way for one step of one bank; `wait` joins them and raises their error."""
+
+    def __init__(self, bank: "Bank", missing: np.ndarray, num_requests: int):
+        self.bank, self.missing = bank, missing
+        self._left, self._lock = num_requests, threading.Lock()
+        self._done = threading.Event()
+        self.error: BaseException | None = None
+        if not num_requests:
+            self._done.set()
+
+    def finish_one(self, error: BaseException | None) -> None:
+        with self._lock:
+            self.error = self.error or error
+            self._left -= 1
+            if not self._left:
+                self._done.set()
+
+    def is_done(self, timeout_s: float) -> bool:
+        """Wait at most so long; say whether every read has ended."""
+        return self._done.wait(timeout_s)
+
+    def wait(self) -> None:
+        """Join the reads. After an error the experts they were for count as absent again."""
+        start = time.perf_counter()
+        try:
+            self._done.wait()
+        finally:  # Ctrl-C ends the wait, never a read into memory that others will use
+            while not self._done.is_set():
+                self._done.wait()
+            self.bank.counters.wait_s += time.perf_counter() - start
+            self.bank.fetches.discard(self)
+            if self.error:
+                self.bank.forget(self.missing)
+        if self.error:
+            raise self.error
+
+
 class Bank:
     """C slots of one layer's experts: gate and up as one projection of 2 F rows, and down."""
 
-    gate_up: Projection
-    down: Projection
+    def __init__(self, experts: LayerExperts, capacity: int, dtype: mx.Dtype, store):
+        self.layer, self.capacity = experts.layer, capacity
+        self.num_experts = experts.args.n_routed_experts
+        self.gate_up = make_projection(experts, ("gate_proj", "up_proj"), capacity, dtype)
+        self.down = make_projection(experts, ("down_proj",), capacity, dtype)
+        self.store = store
+        self.counters = Counters()
+        self.requests = [experts.requests(expert) for expert in range(self.num_experts)]
+        self.slot_of = np.full(self.num_experts, EMPTY, np.int32)
+        self.expert_in = np.full(capacity, EMPTY, np.int32)
+        self.used = np.zeros(capacity, np.int64)  # step of last use
+        self.step = 0
+        self.readers: dict[int, mx.array] = {}
+        self.fetches: set[Fetch] = set()
+        self._rows = {}
+        for name, projection in (("gate_up", self.gate_up), ("down", self.down)):
+            for part in PARTS:
+                if (array := getattr(projection, part)) is not None:
+                    view = memoryview(array).cast("B")
+                    self._rows[f"{name}.{part}"] = (view, array.nbytes // capacity, array.dtype)
 
+    @property
+    def is_resident(self) -> bool:
+        return self.capacity == self.num_experts
 
-@dataclass(frozen=True)
-class Extent:
-    """Bytes of one expert in a file, and where they go inside a slot's row."""
+    @property
+    def min_sorted_rows(self) -> int:
+        """Rows below which Metal would leave the tiled kernel; CPU rows are computed alone."""
+        return 4 * self.capacity if mx.default_device() == mx.Device(mx.gpu) else 0
 
-    path: Path
-    offset: int
-    length: int
-    source_dtype: str
-    target: str  # "gate_up.weight" and so on
-    begin: int  # byte in the slot's row
+    @property
+    def nbytes(self) -> int:
+        return self.gate_up.nbytes + self.down.nbytes
 
+    def row(self, slot: int, target: str) -> tuple[memoryview, mx.Dtype]:
+        """Return the writable bytes of a slot in one array, and the array's dtype."""
+        view, nbytes, dtype = self._rows[target]
+        return view[slot * nbytes : (slot + 1) * nbytes], dtype
 
-class LayerExperts:
-    """One layer's experts on disk: dtypes, shapes, and the extents of each expert."""
+    def begin(self, experts: np.ndarray, keep: np.ndarray | None = None) -> Fetch:
+        """Map distinct experts to slots and start reading those that are missing.
 
-    def __init__(self, layer: int, tensors: dict[str, TensorInfo], args: ModelArgs):
-        self.layer, self.args = layer, args
-        prefix = f"model.layers.{layer}.mlp"
-        self.tensors = tensors
-        stacked, record = f"{prefix}.switch_mlp", f"{prefix}.experts"
-        is_stacked = f"{stacked}.gate_proj.weight" in tensors
-        if is_stacked and f"{record}.0.gate_proj.weight" in tensors:
-            raise UserError(
-                f"layer {layer} has its experts twice: as `{record}.*` and as `{stacked}.*`",
-                "convert the checkpoint again into an empty folder",
-            )
-        self.is_stacked = is_stacked
-        self.prefix = stacked if is_stacked else record
+        Slots of `experts` and of `keep` are not evicted. Their contents are there once the
+        returned fetch is done; `slot_of` is right at once.
+        """
+        self.step += 1
+        slots = self.slot_of[experts]
+        is_hit = slots != EMPTY
+        missing = experts[~is_hit]
+        self.used[slots[is_hit]] = self.step
+        self.counters.hits += len(experts) - len(missing)
+        self.counters.misses += len(missing)
+        if not len(missing):
+            return Fetch(self, missing, 0)
+        busy = slots[is_hit] if keep is None else np.concatenate([slots[is_hit], keep])
+        victims = self.victims(len(missing), busy)
+        self.settle(victims)
+        evicted = self.expert_in[victims]
+        self.slot_of[evicted[evicted != EMPTY]] = EMPTY
+        self.expert_in[victims] = missing
+        self.slot_of[missing] = victims
+        self.used[victims] = self.step
+        return self.store.read(self, missing, victims)
 
-    def info(self, expert: int, projection: str, part: str) -> TensorInfo | None:
-        """Return one expert's part: a whole record tensor or its share of a stacked one."""
-        if not self.is_stacked:
-            return self.tensors.get(f"{self.prefix}.{expert}.{projection}.{part}")
-        whole = self.tensors.get(f"{self.prefix}.{projection}.{part}")
-        if whole is None:
-            return None
-        if whole.shape[0] != self.args.n_routed_experts:
-            raise UserError(
-                f"`{self.prefix}.{projection}.{part}` holds {whole.shape[0]} experts; "
-                f"config.json says {self.args.n_routed_experts}"
-            )
-        nbytes = whole.nbytes // whole.shape[0]
-        offset = whole.offset + expert * nbytes
-        return TensorInfo(whole.path, whole.dtype, whole.shape[1:], offset, nbytes)
+    def victims(self, count: int, busy: np.ndarray) -> np.ndarray:
+        """Return the least recently used slots, empty ones first, none of them busy."""
+        age = np.where(self.expert_in == EMPTY, EMPTY, self.used)
+        age[busy] = np.iinfo(np.int64).max
+        order = np.argsort(age, kind="stable")[:count]
+        assert len(order) == count and age[order[-1]] < np.iinfo(np.int64).max, (
+            f"layer {self.layer}: {count} slots wanted, {self.capacity} there, {len(busy)} busy"
+        )
+        return order
 
-    def required(self, expert: int, projection: str, part: str, like: TensorInfo) -> TensorInfo:
-        """Return a part that must exist with the dtype and shape of the first expert's."""
-        info = self.info(expert, projection, part)
-        name = f"{self.prefix}.{expert}.{projection}.{part}"
-        if info is None:
-            raise UserError(
-                f"`{name}` is in none of the files of `{like.path.parent}`",
-                "the folder is incomplete; convert or download it again",
-            )
-        if (info.dtype, info.shape) != (like.dtype, like.shape):
-            raise UserError(
-                f"`{name}` is {info.dtype} {info.shape}, expert 0 has {like.dtype} {like.shape}"
-            )
-        return info
+    def read_by(self, slots: np.ndarray, array: mx.array) -> None:
+        """Remember that `array` is computed from these slots."""
+        for slot in slots.tolist():
+            self.readers[slot] = array
 
-    def parts(self, projection: str) -> dict[str, TensorInfo]:
-        """Return the parts that expert 0 has of a projection."""
-        found = {part: self.info(0, projection, part) for part in PARTS}
-        if found["weight"] is None:
-            raise UserError(
-                f"layer {self.layer} has no `{self.prefix}.*.{projection}.weight`",
-                "the folder is incomplete; convert or download it again",
-            )
-        return {part: info for part, info in found.items() if info is not None}
+    def settle(self, slots: np.ndarray) -> None:
+        """Evaluate what still reads these slots, so that their bytes may change."""
+        arrays = [self.readers.pop(slot) for slot in slots.tolist() if slot in self.readers]
+        if arrays:
+            mx.eval(arrays)
 
-    def quantization(self, projection: str) -> Quantization | None:
-        """Return how a projection is packed, None where it is not."""
-        args, parts = self.args, self.parts(projection)
-        down = projection == "down_proj"
-        in_dims = args.moe_intermediate_size if down else args.hidden_size
-        out_dims = args.hidden_size if down else args.moe_intermediate_size
-        weight, scales = parts["weight"], parts.get("scales")
-        expected = (out_dims, in_dims) if scales is None else (out_dims, weight.shape[-1])
-        if weight.shape != expected or (scales is not None and scales.shape[0] != out_dims):
-            raise UserError(
-                f"layer {self.layer}: an expert's `{projection}.weight` has shape {weight.shape}; "
-                f"config.json says {(out_dims, in_dims)}"
-            )
-        if scales is None:
-            return None
-        return infer_quantization(in_dims, weight.shape[-1], scales.shape[-1], scales.dtype)
+    def forget(self, experts: np.ndarray) -> None:
+        """Mark experts as absent: a read into their slots failed."""
+        slots = self.slot_of[experts]
+        self.slot_of[experts] = EMPTY
+        self.expert_in[slots[slots != EMPTY]] = EMPTY
 
-    def extents(self, expert: int) -> list[Extent]:
-        """Return the byte ranges of one expert, in file order."""
-        extents = []
-        for projection in PROJECTIONS:
-            target = "down" if projection == "down_proj" else "gate_up"
-            for part, like in self.parts(projection).items():
-                info = self.required(expert, projection, part, like)
-                begin = info.nbytes if projection == "up_proj" else 0
-                extent = Extent(
-                    info.path, info.offset, info.nbytes, info.dtype, f"{target}.{part}", begin
-                )
-                extents.append(extent)
-        return sorted(extents, key=lambda extent: (str(extent.path), extent.offset))
-
-
-def bank_dtype(source: str, dtype: mx.Dtype) -> mx.Dtype:
-    """Return the dtype of a bank array: packed words stay, floats take the activation dtype."""
-    return PACKED.get(source) or dtype
+    def join(self) -> None:
+        """Wait for every read under way, dropping what failed; for the way out of an error."""
+        for fetch in list(self.fetches):
+            try:
+                fetch.wait()
+            except (UserError, OSError):
+                pass  # told by whoever is leaving; the expert is absent and will be read again
 
 
 def make_projection(
@@ -210,126 +255,139 @@ def make_projection(
     for part, info in experts.parts(names[0]).items():
         rows, columns = info.shape
         shape = (capacity, rows * len(names), columns)
-        arrays[part] = mx.zeros(shape, bank_dtype(info.dtype, dtype))
+        arrays[part] = mx.zeros(shape, BANK_DTYPES.get(info.dtype, dtype))
     mx.eval(arrays)
     parts = [arrays.get(part) for part in PARTS]
     return Projection(*parts, quantization=quantizations.pop())
 
 
-def widen(buffer: bytearray, source: str, target: mx.Dtype) -> bytes:
-    """Convert float bytes from a file's dtype to a bank's (float32 or bfloat16)."""
-    if source == "BF16":
-        bits = np.frombuffer(buffer, np.uint16).astype(np.uint32) << 16
-    else:
-        kind = {"F16": np.float16, "F32": np.float32}[source]
-        bits = np.frombuffer(buffer, kind).astype(np.float32).view(np.uint32)
-    if target == mx.float32:
-        return bits.tobytes()
-    rounded = bits + 0x7FFF + ((bits >> 16) & 1)  # to nearest, ties to even
-    return (rounded >> 16).astype(np.uint16).tobytes()
+@dataclass
+class Files:
+    """Descriptors by path, opened once. On macOS reads bypass the page cache (`F_NOCACHE`):
+    the bank is the cache, and holding the same bytes twice is the commonest self-made loss."""
 
+    descriptors: dict[Path, int] = field(default_factory=dict)
 
-def read_exactly(fd: int, buffers: list, offset: int, path: Path) -> None:
-    """Fill the buffers from `offset` on; raise `UserError` at a short file or a read error."""
-    wanted = sum(len(buffer) for buffer in buffers)
-    done = 0
-    while done < wanted:
-        try:
-            count = os.preadv(fd, buffers, offset + done)
-        except OSError as error:
-            raise UserError(f"reading `{path}` at byte {offset + done}: {error.strerror}") from None
-        if count == 0:
-            raise UserError(
-                f"`{path}` ends at byte {offset + done}, inside an expert",
-                "the file was cut; convert or download it again",
-            )
-        done += count
-        while buffers and count >= len(buffers[0]):
-            count -= len(buffers.pop(0))
-        if buffers:
-            buffers = [memoryview(buffers[0])[count:], *buffers[1:]]
+    def open(self, path: Path) -> int:
+        if path not in self.descriptors:
+            fd = os.open(path, os.O_RDONLY)
+            if hasattr(fcntl, "F_NOCACHE"):
+                fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)
+            self.descriptors[path] = fd
+        return self.descriptors[path]
+
+    def close(self) -> None:
+        for fd in self.descriptors.values():
+            os.close(fd)
+        self.descriptors.clear()
 
 
 class ExpertStore:
-    """The routed experts of a folder and the banks they are computed from.
+    """The routed experts of a folder, one bank a layer, and the threads that read them.
 
     `tensors` maps names to where they lie (main model and MTP sidecar); `dtype` is the activation
-    dtype, which scales are held in. Call `open_layer` for each MoE layer, `close` at the end.
+    dtype, which scales are held in; `capacities` gives slots by layer, every expert where it does
+    not say.
     """
 
-    def __init__(self, tensors: dict[str, TensorInfo], args: ModelArgs, dtype: mx.Dtype):
+    def __init__(
+        self,
+        tensors: dict[str, TensorInfo],
+        args: ModelArgs,
+        dtype: mx.Dtype,
+        capacities: dict[int, int] | None = None,
+    ):
         self.tensors, self.args, self.dtype = tensors, args, dtype
+        self.capacities = capacities or {}
         self.banks: dict[int, Bank] = {}
-        self._views: dict[int, dict[str, memoryview]] = {}
-        self._files: dict[Path, int] = {}
-        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="expert-reader")
+        self._files = Files()
+        self._jobs: queue.SimpleQueue = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._serve, daemon=True, name=f"expert-reader-{i}")
+            for i in range(NUM_READERS)
+        ]
+        for thread in self._threads:
+            thread.start()
+        self._switch_interval = sys.getswitchinterval()
+        if self.is_streamed:
+            sys.setswitchinterval(SWITCH_INTERVAL_S)
+
+    @property
+    def is_streamed(self) -> bool:
+        return any(count < self.args.n_routed_experts for count in self.capacities.values())
+
+    @property
+    def counters(self) -> Counters:
+        """Return the sum over the layers."""
+        return sum((bank.counters for bank in self.banks.values()), Counters())
 
     def open_layer(self, layer: int) -> Bank:
-        """Allocate a bank for every expert of a layer, fill it, and return it."""
+        """Allocate the bank of a layer and, where every expert has a slot, fill it."""
         experts = LayerExperts(layer, self.tensors, self.args)
-        capacity = self.args.n_routed_experts
-        bank = Bank(
-            make_projection(experts, ("gate_proj", "up_proj"), capacity, self.dtype),
-            make_projection(experts, ("down_proj",), capacity, self.dtype),
-        )
-        self.banks[layer] = bank
-        self._views[layer] = {
-            f"{name}.{part}": memoryview(array).cast("B")
-            for name in ("gate_up", "down")
-            for part in PARTS
-            if (array := getattr(getattr(bank, name), part)) is not None
-        }
-        plans = [experts.extents(expert) for expert in range(capacity)]
-        for path in {extent.path for extents in plans for extent in extents}:
-            self._files.setdefault(path, os.open(path, os.O_RDONLY))
-        reads = [self._pool.submit(self._read, layer, e, plans[e]) for e in range(capacity)]
-        for read in reads:
-            read.result()
+        capacity = self.capacities.get(layer, self.args.n_routed_experts)
+        bank = self.banks[layer] = Bank(experts, capacity, self.dtype, self)
+        for path in {request.path for requests in bank.requests for request in requests}:
+            self._files.open(path)
+        if bank.is_resident:
+            everyone = np.arange(bank.num_experts, dtype=np.int32)
+            bank.begin(everyone).wait()
+            bank.counters = Counters()
         return bank
 
-    def _read(self, layer: int, slot: int, extents: list[Extent]) -> None:
-        """Read one expert into a slot; adjacent extents are one request. Runs on a thread."""
-        start = 0
-        for i in range(1, len(extents) + 1):
-            last = extents[i - 1]
-            joins = i < len(extents) and (
-                extents[i].path == last.path and extents[i].offset == last.offset + last.length
-            )
-            if not joins:
-                self._read_run(layer, slot, extents[start:i])
-                start = i
+    def fetch(self, layer: int, experts: list[int]) -> np.ndarray:
+        """Bring distinct experts into slots, wait for them, and return the slots."""
+        bank = self.banks[layer]
+        experts = np.array(experts, np.int32)
+        bank.begin(experts).wait()
+        return bank.slot_of[experts]
 
-    def _read_run(self, layer: int, slot: int, extents: list[Extent]) -> None:
-        buffers, widened = [], []
-        for extent in extents:
-            row = self._row(layer, slot, extent.target)
-            target = self._array_dtype(layer, extent.target)
-            if FLOATS.get(extent.source_dtype, target) == target:
-                buffers.append(row[extent.begin : extent.begin + extent.length])
+    def read(self, bank: Bank, experts: np.ndarray, slots: np.ndarray) -> Fetch:
+        """Queue the reads that bring experts into slots."""
+        jobs = [
+            (request, slot)
+            for expert, slot in zip(experts.tolist(), slots.tolist(), strict=True)
+            for request in bank.requests[expert]
+        ]
+        bank.counters.nbytes += sum(request.nbytes for request, _ in jobs)
+        fetch = Fetch(bank, experts, len(jobs))
+        bank.fetches.add(fetch)
+        for request, slot in jobs:
+            self._jobs.put((fetch, request, slot))
+        return fetch
+
+    def _serve(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            fetch, request, slot = job
+            try:
+                self._read(fetch.bank, request, slot)
+                error = None
+            except BaseException as caught:  # re-raised on the main thread by `Fetch.wait`
+                error = caught
+            fetch.finish_one(error)
+
+    def _read(self, bank: Bank, request: Request, slot: int) -> None:
+        buffers, floats = [], []
+        for piece in request.pieces:
+            row, dtype = bank.row(slot, piece.target)
+            if FLOAT_DTYPES.get(piece.dtype, dtype) == dtype:
+                buffers.append(row[piece.begin : piece.begin + piece.nbytes])
                 continue
-            scratch = bytearray(extent.length)
-            ratio = target.size / FLOATS[extent.source_dtype].size
-            begin = int(extent.begin * ratio)
-            view = row[begin : begin + int(extent.length * ratio)]
+            scratch, ratio = bytearray(piece.nbytes), dtype.size / FLOAT_BYTES[piece.dtype]
+            begin, nbytes = int(piece.begin * ratio), int(piece.nbytes * ratio)
             buffers.append(scratch)
-            widened.append((scratch, extent.source_dtype, target, view))
-        first = extents[0]
-        read_exactly(self._files[first.path], buffers, first.offset, first.path)
-        for scratch, source, target, view in widened:
-            view[:] = widen(scratch, source, target)
-
-    def _array_dtype(self, layer: int, target: str) -> mx.Dtype:
-        name, part = target.split(".")
-        return getattr(getattr(self.banks[layer], name), part).dtype
-
-    def _row(self, layer: int, slot: int, target: str) -> memoryview:
-        view = self._views[layer][target]
-        row_bytes = len(view) // self.args.n_routed_experts
-        return view[slot * row_bytes : (slot + 1) * row_bytes]
+            floats.append((scratch, piece.dtype, dtype, row[begin : begin + nbytes]))
+        read_exactly(self._files.open(request.path), buffers, request.offset, request.path)
+        for scratch, source, target, view in floats:
+            view[:] = convert_floats(scratch, source, target)
 
     def close(self) -> None:
-        """Stop the readers and close the files; the banks stay usable."""
-        self._pool.shutdown()
-        for fd in self._files.values():
-            os.close(fd)
-        self._files.clear()
+        """Stop the readers and close the files; resident banks stay usable."""
+        for bank in self.banks.values():
+            bank.join()
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._threads = []
+        self._files.close()
+        sys.setswitchinterval(self._switch_interval)

@@ -15,7 +15,8 @@ from mlx_lm.utils import load_tokenizer
 
 from mlx_dsv3.config import ModelArgs, read_config, read_json
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.expert_store import EXPERT_KEY, ExpertStore, infer_quantization
+from mlx_dsv3.expert_files import EXPERT_KEY, infer_quantization
+from mlx_dsv3.expert_store import ExpertStore
 from mlx_dsv3.headers import INDEX, TensorInfo, read_header, read_headers
 from mlx_dsv3.mla import MLA
 from mlx_dsv3.model import Model

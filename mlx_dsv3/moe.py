@@ -10,10 +10,14 @@ fused; a layer sees only slot numbers. Nothing here reads files.
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models.activations import swiglu
 
 from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.linear import Joined
+
+# Splitting a step into hits and misses costs two launches more; not worth it for shorter reads.
+HITS_FIRST_AFTER_S = 0.0005
 
 
 def route(logits: mx.array, bias: mx.array, args: ModelArgs) -> tuple[mx.array, mx.array]:
@@ -78,6 +82,113 @@ def compute_experts(bank, x: mx.array, slots: mx.array, is_sorted: bool) -> mx.a
     return bank.down.gather(swiglu(gate, up), slots, is_sorted).squeeze(-2)
 
 
+def routed_resident(bank, x: mx.array, indices: mx.array) -> mx.array:
+    """Return each chosen expert's output, (T, K, D), for x (T, D) and indices (T, K).
+
+    Slot e holds expert e, so nothing is read back to the host.
+    """
+    K = indices.shape[-1]
+    if not wants_sorted(indices.size, bank):
+        return compute_experts(bank, x[:, None, None], indices, is_sorted=False)
+    slots = indices.flatten()
+    order = mx.argsort(slots)
+    y = compute_experts(bank, x[order // K][:, None], slots[order], is_sorted=True)
+    return mx.unflatten(y[mx.argsort(order)], 0, indices.shape)
+
+
+def wants_sorted(num_rows: int, bank) -> bool:
+    """Say whether rows are sorted by expert.
+
+    Metal picks its kernel for sorted rows by rows per bank row, and its kernels round differently.
+    So this is decided from the model, never from the bank's capacity.
+    """
+    return num_rows >= 4 * bank.num_experts
+
+
+class Rows:
+    """The (token, choice) products of a call, computed in parts and put together in order."""
+
+    def __init__(self, bank, x: mx.array, experts: np.ndarray):
+        self.bank, self.x, self.shape = bank, x, experts.shape
+        self.experts = experts.reshape(-1)
+        self.is_sorted = wants_sorted(self.experts.size, bank)
+        self.parts: list[mx.array] = []
+        self.places: list[np.ndarray] = []
+
+    def compute(self, experts: np.ndarray) -> None:
+        """Submit the rows of these experts, which are in their slots."""
+        rows = np.flatnonzero(np.isin(self.experts, experts))
+        slots = self.bank.slot_of[self.experts[rows]]
+        if self.is_sorted:
+            order = np.argsort(slots, kind="stable")
+            rows, slots = rows[order], slots[order]
+        used = np.unique(slots)
+        tokens = rows // self.shape[1]
+        padding = max(0, self.bank.min_sorted_rows - len(rows)) if self.is_sorted else 0
+        if padding:  # enough rows for the kernel that a full bank would have used
+            slots, tokens = np.pad(slots, (0, padding), "edge"), np.pad(tokens, (0, padding))
+        x = self.x[mx.array(tokens)][:, None]
+        y = compute_experts(self.bank, x, mx.array(slots), self.is_sorted)[: len(rows)]
+        mx.async_eval(y)
+        self.bank.read_by(used, y)
+        self.parts.append(y)
+        self.places.append(rows)
+
+    def result(self) -> mx.array:
+        """Return (T, K, D)."""
+        order = np.argsort(np.concatenate(self.places))
+        return mx.unflatten(mx.concatenate(self.parts)[mx.array(order)], 0, self.shape)
+
+
+def routed_streamed(bank, x: mx.array, experts: np.ndarray) -> mx.array:
+    """As `routed_resident`, with experts (T, K) on the host and fewer slots than experts."""
+    rows = Rows(bank, x, experts)
+    needed, counts = np.unique(experts, return_counts=True)
+    try:
+        if len(needed) > bank.capacity or rows.is_sorted:
+            compute_in_waves(bank, rows, needed[np.argsort(counts, kind="stable")])
+        else:
+            compute_hits_first(bank, rows, needed)
+    except BaseException:
+        bank.join()
+        raise
+    return rows.result()
+
+
+def compute_hits_first(bank, rows: Rows, needed: np.ndarray) -> None:
+    """Compute what is there while the rest is read; one product where the disk is fast enough."""
+    fetch = bank.begin(needed)
+    if len(fetch.missing) and not fetch.is_done(HITS_FIRST_AFTER_S):
+        hits = np.setdiff1d(needed, fetch.missing)
+        if len(hits):
+            rows.compute(hits)
+            needed = fetch.missing
+    fetch.wait()
+    rows.compute(needed)
+
+
+def compute_in_waves(bank, rows: Rows, needed: np.ndarray) -> None:
+    """Compute expert by expert, each read once: one half of the slots works, the other loads.
+
+    `needed` is in ascending order of use, so the experts that most tokens chose come last and
+    are still there for the next step.
+    """
+    is_hit = bank.slot_of[needed] != -1
+    hits, missing = needed[is_hit], needed[~is_hit]
+    if len(hits):
+        bank.begin(hits)
+        rows.compute(hits)
+    half = max(1, bank.capacity // 2)
+    waves = [missing[i : i + half] for i in range(0, len(missing), half)]
+    upcoming = bank.begin(waves[0]) if waves else None
+    for i, wave in enumerate(waves):
+        fetch = upcoming
+        if i + 1 < len(waves):
+            upcoming = bank.begin(waves[i + 1], keep=bank.slot_of[wave])
+        fetch.wait()
+        rows.compute(wave)
+
+
 class MoE(nn.Module):
     """Routed experts of a bank plus the shared expert.
 
@@ -88,7 +199,6 @@ class MoE(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.gate = Gate(args)
-        self.num_experts = args.n_routed_experts
         if args.n_shared_experts:
             width = args.moe_intermediate_size * args.n_shared_experts
             self.shared_experts = MLP(args.hidden_size, width)
@@ -96,19 +206,15 @@ class MoE(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         indices, weights = self.gate(x)  # (B, L, K)
-        y = self.routed(x.flatten(0, -2), indices.flatten(0, -2))  # (T, K, D)
-        y = (y * weights.flatten(0, -2)[..., None]).sum(-2).astype(x.dtype)
+        shared = self.shared_experts(x) if "shared_experts" in self else None
+        flat, K = x.flatten(0, -2), indices.shape[-1]
+        if self.bank.is_resident:
+            y = routed_resident(self.bank, flat, indices.reshape(-1, K))
+        else:
+            mx.async_eval(indices)
+            if shared is not None:  # a call of its own: work for the time that the ids need
+                mx.async_eval(shared)
+            y = routed_streamed(self.bank, flat, np.array(indices).reshape(-1, K))
+        y = (y * weights.reshape(-1, K)[..., None]).sum(-2).astype(x.dtype)
         y = y.reshape(x.shape)
-        return y + self.shared_experts(x) if "shared_experts" in self else y
-
-    def routed(self, x: mx.array, indices: mx.array) -> mx.array:
-        """Return (T, K, D): each chosen expert's output for x (T, D), indices (T, K)."""
-        K = indices.shape[-1]
-        # Metal picks a kernel by rows per expert and its kernels round differently: decide from
-        # the model, never from the bank, so that output does not depend on the capacity.
-        if indices.size < 4 * self.num_experts:
-            return compute_experts(self.bank, x[:, None, None], indices, is_sorted=False)
-        slots = indices.flatten()
-        order = mx.argsort(slots)
-        y = compute_experts(self.bank, x[order // K][:, None], slots[order], is_sorted=True)
-        return mx.unflatten(y[mx.argsort(order)], 0, indices.shape)
+        return y if shared is None else y + shared

@@ -1,0 +1,194 @@
+"""Routed experts on disk: the requests that bring one expert into the rows of a slot.
+
+A *record* folder has the nine tensors of an expert adjacent in one file, a *stacked* folder
+(mlx-lm's `switch_mlp`) has a share of nine tensors. Both become a list of requests, each one
+`preadv` of adjacent bytes. Knows files, dtypes and layouts; not banks, caches or threads.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_dsv3.config import ModelArgs
+from mlx_dsv3.errors import UserError
+from mlx_dsv3.headers import TensorInfo
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+PARTS = ("weight", "scales", "biases")
+# Adjacent pieces join up to this size: V3's record (24.8 MB at 4 bits) becomes its three
+# projections, a small model's record one request. Disks want 12-16 requests of 4-8 MB in flight.
+REQUEST_BYTES = 9 << 20
+EXPERT_KEY = re.compile(
+    r"model\.layers\.(\d+)\.mlp\."
+    r"(?:experts\.(\d+)|switch_mlp)\.(gate_proj|up_proj|down_proj)\.(weight|scales|biases)"
+)
+FLOAT_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+AGAIN = "the folder is incomplete; convert or download it again"
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the weights of one projection are packed."""
+
+    bits: int
+    group_size: int
+    mode: str
+
+
+class Piece(NamedTuple):
+    """Adjacent bytes of one tensor and their place: `begin` counts in bytes of the file's dtype."""
+
+    target: str  # "gate_up.weight" and so on
+    begin: int
+    nbytes: int
+    dtype: str
+
+
+class Request(NamedTuple):
+    """One read: pieces that follow each other in a file."""
+
+    path: Path
+    offset: int
+    nbytes: int
+    pieces: tuple[Piece, ...]
+
+
+def infer_quantization(in_dims: int, packed: int, groups: int, scale_dtype: str) -> Quantization:
+    """Recover bits, group size and mode from shapes; block formats have one-byte scales."""
+    bits, group_size = packed * 32 // in_dims, in_dims // groups
+    if scale_dtype != "U8":
+        return Quantization(bits, group_size, "affine")
+    modes = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
+    return Quantization(bits, group_size, modes[bits, group_size])
+
+
+class LayerExperts:
+    """One layer's experts on disk: dtypes, shapes, and the requests for each expert."""
+
+    def __init__(self, layer: int, tensors: dict[str, TensorInfo], args: ModelArgs):
+        self.layer, self.args, self.tensors = layer, args, tensors
+        prefix = f"model.layers.{layer}.mlp"
+        stacked, record = f"{prefix}.switch_mlp", f"{prefix}.experts"
+        self.is_stacked = f"{stacked}.gate_proj.weight" in tensors
+        if self.is_stacked and f"{record}.0.gate_proj.weight" in tensors:
+            raise UserError(
+                f"layer {layer} has its experts twice: as `{record}.*` and as `{stacked}.*`",
+                "convert the checkpoint again into an empty folder",
+            )
+        self.prefix = stacked if self.is_stacked else record
+
+    def info(self, expert: int, projection: str, part: str) -> TensorInfo | None:
+        """Return one expert's part: a whole record tensor or its share of a stacked one."""
+        if not self.is_stacked:
+            return self.tensors.get(f"{self.prefix}.{expert}.{projection}.{part}")
+        whole = self.tensors.get(f"{self.prefix}.{projection}.{part}")
+        if whole is None:
+            return None
+        if whole.shape[0] != self.args.n_routed_experts:
+            raise UserError(
+                f"`{self.prefix}.{projection}.{part}` holds {whole.shape[0]} experts; "
+                f"config.json says {self.args.n_routed_experts}"
+            )
+        nbytes = whole.nbytes // whole.shape[0]
+        offset = whole.offset + expert * nbytes
+        return TensorInfo(whole.path, whole.dtype, whole.shape[1:], offset, nbytes)
+
+    def required(self, expert: int, projection: str, part: str, like: TensorInfo) -> TensorInfo:
+        """Return a part that must exist with the dtype and shape of the first expert's."""
+        info = self.info(expert, projection, part)
+        name = f"{self.prefix}.{expert}.{projection}.{part}"
+        if info is None:
+            raise UserError(f"`{name}` is in none of the files of `{like.path.parent}`", AGAIN)
+        if (info.dtype, info.shape) != (like.dtype, like.shape):
+            raise UserError(
+                f"`{name}` is {info.dtype} {info.shape}, expert 0 has {like.dtype} {like.shape}"
+            )
+        return info
+
+    def parts(self, projection: str) -> dict[str, TensorInfo]:
+        """Return the parts that expert 0 has of a projection."""
+        found = {part: self.info(0, projection, part) for part in PARTS}
+        if found["weight"] is None:
+            name = f"{self.prefix}.*.{projection}.weight"
+            raise UserError(f"layer {self.layer} has no `{name}`", AGAIN)
+        return {part: info for part, info in found.items() if info is not None}
+
+    def quantization(self, projection: str) -> Quantization | None:
+        """Return how a projection is packed, None where it is not."""
+        args, parts = self.args, self.parts(projection)
+        in_dims, out_dims = args.hidden_size, args.moe_intermediate_size
+        if projection == "down_proj":
+            in_dims, out_dims = out_dims, in_dims
+        weight, scales = parts["weight"], parts.get("scales")
+        expected = (out_dims, in_dims) if scales is None else (out_dims, weight.shape[-1])
+        if weight.shape != expected or (scales is not None and scales.shape[0] != out_dims):
+            raise UserError(
+                f"layer {self.layer}: an expert's `{projection}.weight` has shape {weight.shape}; "
+                f"config.json says {(out_dims, in_dims)}"
+            )
+        if scales is None:
+            return None
+        return infer_quantization(in_dims, weight.shape[-1], scales.shape[-1], scales.dtype)
+
+    def requests(self, expert: int) -> tuple[Request, ...]:
+        """Return the reads of one expert, in file order, adjacent pieces joined."""
+        found = []
+        for projection in PROJECTIONS:
+            target = "down" if projection == "down_proj" else "gate_up"
+            for part, like in self.parts(projection).items():
+                info = self.required(expert, projection, part, like)
+                begin = info.nbytes if projection == "up_proj" else 0  # up's rows follow gate's
+                piece = Piece(f"{target}.{part}", begin, info.nbytes, info.dtype)
+                found.append((str(info.path), info.offset, info.path, piece))
+        joined: list[Request] = []
+        for _, offset, path, piece in sorted(found, key=lambda entry: entry[:2]):
+            last = joined[-1] if joined else None
+            if last and (last.path, last.offset + last.nbytes) == (path, offset):
+                if last.nbytes + piece.nbytes <= REQUEST_BYTES:
+                    nbytes, pieces = last.nbytes + piece.nbytes, (*last.pieces, piece)
+                    joined[-1] = Request(path, last.offset, nbytes, pieces)
+                    continue
+            joined.append(Request(path, offset, piece.nbytes, (piece,)))
+        return tuple(joined)
+
+
+def convert_floats(buffer: bytearray, source: str, target: mx.Dtype) -> bytes:
+    """Convert float bytes from a file's dtype to a bank's (float32 or bfloat16)."""
+    if source == "BF16":
+        bits = np.frombuffer(buffer, np.uint16).astype(np.uint32) << 16
+    else:
+        kind = {"F16": np.float16, "F32": np.float32}[source]
+        bits = np.frombuffer(buffer, kind).astype(np.float32).view(np.uint32)
+    if target == mx.float32:
+        return bits.tobytes()
+    rounded = bits + 0x7FFF + ((bits >> 16) & 1)  # to nearest, ties to even
+    return (rounded >> 16).astype(np.uint16).tobytes()
+
+
+def read_exactly(fd: int, buffers: list, offset: int, path: Path) -> None:
+    """Fill the buffers from `offset` on; raise `UserError` at a short file or a read error."""
+    wanted, done = sum(len(buffer) for buffer in buffers), 0
+    while done < wanted:
+        try:
+            count = os.preadv(fd, buffers, offset + done)
+        except OSError as error:
+            raise UserError(
+                f"reading `{path}` at byte {offset + done} failed: {error.strerror}",
+                "check the disk; the session goes on",
+            ) from None
+        if count == 0:
+            raise UserError(
+                f"`{path}` ends at byte {offset + done}, inside an expert",
+                "the file was cut; convert or download it again",
+            )
+        done += count
+        while buffers and count >= len(buffers[0]):
+            count -= len(buffers[0])
+            buffers = buffers[1:]
+        if buffers and count:
+            buffers = [memoryview(buffers[0])[count:], *buffers[1:]]
