@@ -37,6 +37,7 @@ from mlx_dsv3.expert_files import (
     read_exactly,
 )
 from mlx_dsv3.headers import TensorInfo
+from mlx_dsv3.memory import MemoryPlan
 
 NUM_READERS = 12
 # A reader that wants the GIL waits up to this long for the main thread (Python's default is 5 ms).
@@ -286,8 +287,7 @@ class ExpertStore:
     """The routed experts of a folder, one bank a layer, and the threads that read them.
 
     `tensors` maps names to where they lie (main model and MTP sidecar); `dtype` is the activation
-    dtype, which scales are held in; `capacities` gives slots by layer, every expert where it does
-    not say.
+    dtype, which scales are held in; `plan` says how many slots a layer has, every expert without.
     """
 
     def __init__(
@@ -295,10 +295,10 @@ class ExpertStore:
         tensors: dict[str, TensorInfo],
         args: ModelArgs,
         dtype: mx.Dtype,
-        capacities: dict[int, int] | None = None,
+        plan: MemoryPlan | None = None,
     ):
-        self.tensors, self.args, self.dtype = tensors, args, dtype
-        self.capacities = capacities or {}
+        self.tensors, self.args, self.dtype, self.plan = tensors, args, dtype, plan
+        self.capacities = plan.slots if plan else {}
         self.banks: dict[int, Bank] = {}
         self._files = Files()
         self._jobs: queue.SimpleQueue = queue.SimpleQueue()

@@ -18,6 +18,7 @@ from mlx_dsv3.errors import UserError
 from mlx_dsv3.expert_files import EXPERT_KEY, infer_quantization
 from mlx_dsv3.expert_store import ExpertStore
 from mlx_dsv3.headers import INDEX, TensorInfo, read_header, read_headers
+from mlx_dsv3.memory import BUFFER_CACHE_BYTES, MemoryPlan, available_bytes, make_plan
 from mlx_dsv3.mla import MLA
 from mlx_dsv3.model import Model
 from mlx_dsv3.moe import MLP, MoE
@@ -37,6 +38,7 @@ class Loaded:
     tokenizer: object
     mtp: MTP | None
     store: ExpertStore
+    plan: MemoryPlan
     args: ModelArgs
     config: dict
 
@@ -186,43 +188,87 @@ def join_layers(module: nn.Module) -> None:
     mx.eval(module.parameters())
 
 
+@dataclass
+class Folder:
+    """An MLX folder as its headers describe it, checked; nothing is loaded yet."""
+
+    path: Path
+    config: dict
+    args: ModelArgs
+    tensors: dict[str, TensorInfo]
+    sidecar: dict[str, TensorInfo]
+
+    @property
+    def every(self) -> dict[str, TensorInfo]:
+        return self.tensors | self.sidecar
+
+
+def open_folder(path: str | Path) -> Folder:
+    """Read the headers of an MLX folder; raise `UserError` for what cannot be run."""
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"`{path}` is no folder", "give an MLX folder, or `make demo` for one")
+    config = check_folder(path)
+    args = ModelArgs.from_dict(config)
+    tensors = read_headers(weight_files(path))
+    check_index(path, tensors)
+    sidecar = read_header(path / SIDECAR) if (path / SIDECAR).is_file() else {}
+    return Folder(path, config, args, tensors, sidecar)
+
+
+def plan_memory(path: str | Path, *, dtype: mx.Dtype | None = None, **options) -> MemoryPlan:
+    """Return the memory plan of an MLX folder, from headers alone; see `memory.make_plan`."""
+    folder = open_folder(path)
+    return make_plan(folder.every, folder.args, dtype or default_dtype(), **options)
+
+
 def load_model(
-    folder: str | Path, *, dtype: mx.Dtype | None = None
+    folder: str | Path,
+    *,
+    dtype: mx.Dtype | None = None,
+    experts: str = "auto",
+    expert_memory_gb: float | None = None,
+    context: int | None = None,
 ) -> tuple[Model, MTP | None, ExpertStore, ModelArgs, dict]:
     """Load everything but the tokenizer from an MLX folder; see `load`."""
-    folder, dtype = Path(folder), dtype or default_dtype()
+    dtype = dtype or default_dtype()
     if dtype not in (mx.float32, mx.bfloat16):
         raise UserError(f"dtype `{dtype}` overflows in this model; use float32 or bfloat16")
-    if not folder.is_dir():
-        raise UserError(f"`{folder}` is no folder", "give an MLX folder, or `make demo` for one")
-    config = check_folder(folder)
-    args = ModelArgs.from_dict(config)
-    tensors = read_headers(weight_files(folder))
-    check_index(folder, tensors)
-    sidecar = read_header(folder / SIDECAR) if (folder / SIDECAR).is_file() else {}
-    store = ExpertStore(tensors | sidecar, args, dtype)
-
+    opened = open_folder(folder)
+    args = opened.args
+    plan = make_plan(
+        opened.every,
+        args,
+        dtype,
+        experts=experts,
+        expert_memory_gb=expert_memory_gb,
+        context=context,
+    )
+    store = ExpertStore(opened.every, args, dtype, plan)
     model = Model(args)
-    weights = cast_weights(split_kv_b(load_trunk(tensors), args), dtype)
+    weights = cast_weights(split_kv_b(load_trunk(opened.tensors), args), dtype)
     fill(model, weights, str(folder))
     join_layers(model)
     for i, layer in enumerate(model.layers):
         if isinstance(layer.mlp, MoE):
             layer.mlp.bank = store.open_layer(i)
-    mtp = load_mtp(folder, sidecar, model, store, dtype) if sidecar else None
-    return model, mtp, store, args, config
+    mtp = load_mtp(opened, model, store, dtype) if opened.sidecar else None
+    if mx.metal.is_available():  # without it macOS pages weights out: up to 88 times slower
+        mx.set_wired_limit(available_bytes())
+        mx.set_cache_limit(BUFFER_CACHE_BYTES)
+    return model, mtp, store, args, opened.config
 
 
-def load_mtp(folder, sidecar, model: Model, store: ExpertStore, dtype: mx.Dtype) -> MTP:
+def load_mtp(folder: Folder, model: Model, store: ExpertStore, dtype: mx.Dtype) -> MTP:
     """Read the sidecar: hub names `model.layers.{L}.*`, experts as records."""
     args = model.args
     prefix = f"model.layers.{args.num_hidden_layers}."
     mtp = MTP(args, model)
-    weights = cast_weights(split_kv_b(load_trunk(sidecar), args), dtype)
+    weights = cast_weights(split_kv_b(load_trunk(folder.sidecar), args), dtype)
     for name in weights:
         if not name.startswith(prefix):
             raise UserError(
-                f"`{name}` in `{folder / SIDECAR}` is not of layer {args.num_hidden_layers}"
+                f"`{name}` in `{folder.path / SIDECAR}` is not of layer {args.num_hidden_layers}"
             )
     fill(mtp, {name.removeprefix(prefix): array for name, array in weights.items()}, SIDECAR)
     join_layers(mtp)
@@ -258,13 +304,23 @@ def load_checked_tokenizer(folder: Path, args: ModelArgs, config: dict, trust_re
 
 
 def load(
-    folder: str | Path, *, dtype: mx.Dtype | None = None, trust_remote_code: bool = False
+    folder: str | Path,
+    *,
+    experts: str = "auto",
+    expert_memory_gb: float | None = None,
+    context: int | None = None,
+    dtype: mx.Dtype | None = None,
+    trust_remote_code: bool = False,
 ) -> Loaded:
-    """Load an MLX folder: model, tokenizer, MTP module if it has one, experts resident.
+    """Load an MLX folder: model, tokenizer, MTP module if it has one, experts as planned.
 
-    `dtype` is that of the activations: bfloat16 on a GPU and float32 on the CPU by default.
-    Raises `UserError` for a folder that cannot be run, with what is wrong in it.
+    `experts` is `resident`, `streamed` or `auto`; `expert_memory_gb` bounds the expert slots (GB
+    of 10^9 bytes); `context` is the length in tokens that memory is planned for; `dtype` is that
+    of the activations, bfloat16 on a GPU and float32 on the CPU by default. Raises `UserError`
+    for a folder that cannot be run, with what is wrong in it.
     """
-    model, mtp, store, args, config = load_model(folder, dtype=dtype)
+    model, mtp, store, args, config = load_model(
+        folder, dtype=dtype, experts=experts, expert_memory_gb=expert_memory_gb, context=context
+    )
     tokenizer = load_checked_tokenizer(Path(folder), args, config, trust_remote_code)
-    return Loaded(model, tokenizer, mtp, store, args, config)
+    return Loaded(model, tokenizer, mtp, store, store.plan, args, config)

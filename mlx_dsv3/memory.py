@@ -1,0 +1,241 @@
+"""The memory plan: what a folder needs, from headers alone, before anything is loaded.
+
+Adds up trunk, MTP module, latent cache at the context asked for, transients and expert slots;
+chooses how many slots each MoE layer gets; or refuses, naming the shortfall and the flags that
+fit. Only this file knows what the machine allows.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_dsv3.config import ModelArgs
+from mlx_dsv3.errors import UserError
+from mlx_dsv3.expert_files import EXPERT_KEY, FLOAT_BYTES, PROJECTIONS, LayerExperts
+from mlx_dsv3.headers import TensorInfo
+from mlx_dsv3.mla import EXPANDED_BYTES, SCORE_BYTES
+
+GB = 10**9
+# MLX's Metal allocator changes its behaviour when 95 % of the recommended working set is active.
+USABLE_SHARE = 0.92
+BUFFER_CACHE_BYTES = 1 << 30  # freed buffers that MLX may keep on a GPU
+PREFILL_CHUNK = 2048
+DEFAULT_CONTEXT = 32768
+MODES = ("auto", "resident", "streamed")
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by purpose. `slots` and `slot_bytes` are by layer; the MTP layer is the last."""
+
+    trunk_bytes: int
+    mtp_bytes: int
+    cache_bytes: int
+    transient_bytes: int
+    context: int
+    num_experts: int
+    slots: dict[int, int]
+    slot_bytes: dict[int, int]
+    limit_bytes: int
+
+    @property
+    def expert_bytes(self) -> int:
+        return sum(self.slots[layer] * self.slot_bytes[layer] for layer in self.slots)
+
+    @property
+    def resident_bytes(self) -> int:
+        """What all experts would take."""
+        return sum(self.num_experts * nbytes for nbytes in self.slot_bytes.values())
+
+    @property
+    def fixed_bytes(self) -> int:
+        return self.trunk_bytes + self.mtp_bytes + self.cache_bytes + self.transient_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        return self.fixed_bytes + self.expert_bytes
+
+    @property
+    def is_resident(self) -> bool:
+        return all(count == self.num_experts for count in self.slots.values())
+
+    def rows(self) -> list[tuple[str, int, str]]:
+        """Return (what, bytes, remark) for a table."""
+        slots = sorted(set(self.slots.values()))
+        count = "-".join(str(slots[i]) for i in sorted({0, len(slots) - 1})) if slots else "0"
+        kind = "resident" if self.is_resident else "streamed"
+        return [
+            ("trunk", self.trunk_bytes, "everything but routed experts"),
+            ("MTP module", self.mtp_bytes, "without its experts"),
+            ("latent cache", self.cache_bytes, f"{self.context:,} tokens"),
+            ("transients", self.transient_bytes, f"a chunk of {PREFILL_CHUNK:,} tokens"),
+            ("experts", self.expert_bytes, f"{kind}: {count} of {self.num_experts} a layer"),
+        ]
+
+
+def available_bytes() -> int:
+    """Return what this process may use: Metal's recommended working set, else free memory."""
+    if mx.metal.is_available():
+        return int(mx.device_info()["max_recommended_working_set_size"])
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup/memory.max")
+    if group.is_file() and (limit := group.read_text().strip()).isdigit():
+        free = min(free, int(limit))
+    return free
+
+
+def held_bytes(info: TensorInfo, dtype: mx.Dtype, name: str = "") -> int:
+    """Return what a tensor takes in memory: packed as on disk, floats in the activation dtype."""
+    if info.dtype not in FLOAT_BYTES:
+        return info.nbytes
+    itemsize = 4 if ".mlp.gate." in name else dtype.size
+    return info.nbytes // FLOAT_BYTES[info.dtype] * itemsize
+
+
+def slot_bytes(layer: int, tensors: dict[str, TensorInfo], args: ModelArgs, dtype) -> int:
+    """Return the bytes of one expert of a layer in memory."""
+    experts = LayerExperts(layer, tensors, args)
+    return sum(
+        held_bytes(info, dtype)
+        for projection in PROJECTIONS
+        for info in experts.parts(projection).values()
+    )
+
+
+def transient_bytes(args: ModelArgs, dtype: mx.Dtype) -> int:
+    """Estimate what one layer of a prefill chunk takes beside weights and cache."""
+    tokens, D, F = PREFILL_CHUNK, args.hidden_size, args.moe_intermediate_size
+    K, H = args.num_experts_per_tok, args.num_attention_heads
+    heads = H * (args.qk_nope_head_dim + args.qk_rope_head_dim + args.v_head_dim)
+    experts = tokens * K * (2 * D + 3 * F)  # rows, gate and up, their product, output
+    attention = tokens * 2 * heads
+    return (max(experts, attention) + 4 * tokens * D) * dtype.size
+
+
+def make_plan(
+    tensors: dict[str, TensorInfo],
+    args: ModelArgs,
+    dtype: mx.Dtype,
+    *,
+    experts: str = "auto",
+    expert_memory_gb: float | None = None,
+    context: int | None = None,
+    limit_bytes: int | None = None,
+) -> MemoryPlan:
+    """Plan a load from headers (`tensors`: main model and sidecar); raise `UserError` if it fails.
+
+    `limit_bytes` is what may be used in all; by default 0.92 of what the machine recommends.
+    """
+    if experts not in MODES:
+        raise UserError(f"`--experts` is `{experts}`", f"choose one of {', '.join(MODES)}")
+    context = min(context or DEFAULT_CONTEXT, args.max_position_embeddings)
+    limit = int(available_bytes() * USABLE_SHARE) if limit_bytes is None else limit_bytes
+    mtp_prefix = f"model.layers.{args.num_hidden_layers}."
+    has_mtp = any(name.startswith(mtp_prefix) for name in tensors)
+    trunk = {name: info for name, info in tensors.items() if not EXPERT_KEY.fullmatch(name)}
+    held = {name: held_bytes(info, dtype, name) for name, info in trunk.items()}
+    mtp_bytes = sum(nbytes for name, nbytes in held.items() if name.startswith(mtp_prefix))
+    layers = [i for i in range(args.num_hidden_layers + has_mtp) if args.is_moe_layer(i)]
+    row_bytes = (args.kv_lora_rank + args.qk_rope_head_dim) * dtype.size
+    extra = SCORE_BYTES + 2 * EXPANDED_BYTES + BUFFER_CACHE_BYTES if mx.metal.is_available() else 0
+    fixed = {
+        "trunk_bytes": sum(held.values()) - mtp_bytes,
+        "mtp_bytes": mtp_bytes,
+        "cache_bytes": row_bytes * context * (args.num_hidden_layers + has_mtp),
+        "transient_bytes": transient_bytes(args, dtype) + extra,
+    }
+    sizes = {layer: slot_bytes(layer, tensors, args, dtype) for layer in layers}
+    room = limit - sum(fixed.values())
+    slots = choose_slots(args, sizes, room, experts, expert_memory_gb)
+    plan = MemoryPlan(
+        **fixed,
+        context=context,
+        num_experts=args.n_routed_experts,
+        slots=slots,
+        slot_bytes=sizes,
+        limit_bytes=limit,
+    )
+    if plan.total_bytes > limit:
+        refuse(plan, args, expert_memory_gb is not None)
+    return plan
+
+
+def choose_slots(
+    args: ModelArgs, sizes: dict[int, int], room: int, experts: str, expert_memory_gb: float | None
+) -> dict[int, int]:
+    """Return slots by layer: all experts where they fit or are asked for, else what fits evenly."""
+    everyone = dict.fromkeys(sizes, args.n_routed_experts)
+    resident = sum(sizes.values()) * args.n_routed_experts
+    budget = room if expert_memory_gb is None else int(expert_memory_gb * GB)
+    if experts == "resident" or not sizes or (experts == "auto" and resident <= budget):
+        return everyone
+    K = args.num_experts_per_tok
+    each = min(budget // sum(sizes.values()), args.n_routed_experts)
+    if each < K:
+        if expert_memory_gb is None:
+            each = K  # the total is refused with its own message
+        else:
+            least = sum(sizes.values()) * K
+            raise UserError(
+                f"`--expert-memory {expert_memory_gb:g}` is below the least, {gigabytes(least)} "
+                f"({K} experts in each of {len(sizes)} layers)",
+                f"`--expert-memory {round_up(least)}` is the smallest that runs",
+            )
+    left = budget - each * sum(sizes.values())
+    slots = {}
+    for layer, nbytes in sizes.items():  # what is left buys one slot more for some layers
+        more = left >= nbytes and each < args.n_routed_experts
+        slots[layer] = each + more
+        left -= nbytes * more
+    return slots
+
+
+def gigabytes(nbytes: float) -> str:
+    """Return a size for people: one decimal, three digits below 1 GB."""
+    value = nbytes / GB
+    return f"{value:.1f} GB" if value >= 1 else f"{value:.3g} GB"
+
+
+def round_up(nbytes: int) -> str:
+    """Return gigabytes to three digits, never less than `nbytes`."""
+    value = nbytes / GB
+    digits = f"{value:.3g}"
+    return digits if float(digits) >= value else f"{value * 1.01:.3g}"
+
+
+def round_down(nbytes: int) -> str:
+    """Return gigabytes to three digits, never more than `nbytes`."""
+    value = nbytes / GB
+    digits = f"{value:.3g}"
+    return digits if float(digits) <= value else f"{value * 0.99:.3g}"
+
+
+def refuse(plan: MemoryPlan, args: ModelArgs, budget_was_given: bool) -> None:
+    """Say what is short and which flags fit."""
+    kind = "resident" if plan.is_resident else "with these expert slots"
+    least = sum(plan.slot_bytes.values()) * args.num_experts_per_tok
+    room = plan.limit_bytes - plan.fixed_bytes
+    message = (
+        f"the model needs {gigabytes(plan.total_bytes)} {kind} and this machine allows "
+        f"{gigabytes(plan.limit_bytes)}"
+    )
+    if room >= least:
+        hint = (
+            f"`--experts streamed --expert-memory {round_down(room)}` keeps everything "
+            f"but routed experts in memory ({gigabytes(plan.fixed_bytes)})"
+        )
+    else:
+        hint = (
+            f"the least is {gigabytes(plan.fixed_bytes + least)}: a smaller `--context` than "
+            f"{plan.context:,} or a recipe with fewer bits needs less"
+        )
+    if mx.metal.is_available():
+        wanted = int(plan.total_bytes / USABLE_SHARE / 2**20)
+        hint += f"; or allow the GPU more: `sudo sysctl iogpu.wired_limit_mb={wanted}`"
+    raise UserError(message, hint)
