@@ -1,8 +1,8 @@
 """Token ids -> a stream of text, with stop rules and statistics.
 
-Decoding is double-buffered: the next step is submitted before the present token is read, so the
-GPU does not wait for Python. `State` keeps the latent cache together with the ids it stands for;
-it is exact after every way a stream can end, so the next turn reuses what it shares.
+`State` keeps the latent caches together with the ids they stand for; it is exact after every way a
+stream can end, so the next turn computes only what it does not share. How tokens are decoded,
+with drafts or without, is `speculative.py`'s.
 """
 
 import time
@@ -13,10 +13,13 @@ import mlx.core as mx
 
 from mlx_dsv3.conversation import common_prefix_length
 from mlx_dsv3.errors import UserError
+from mlx_dsv3.expert_store import Counters
+from mlx_dsv3.gate import MAX_DRAFTS, Gate
 from mlx_dsv3.load import Loaded
+from mlx_dsv3.memory import PREFILL_CHUNK
 from mlx_dsv3.sampler import Sampler
-
-PREFILL_CHUNK = 2048
+from mlx_dsv3.speculative import Decoder, DraftStats, decode
+from mlx_dsv3.state import State
 
 
 @dataclass
@@ -29,6 +32,8 @@ class Stats:
     reply_tokens: int = 0
     reply_s: float = 0.0
     peak_bytes: int = 0
+    drafts: DraftStats = field(default_factory=DraftStats)
+    experts: Counters | None = None
 
     @property
     def prompt_tps(self) -> float:
@@ -50,27 +55,24 @@ class Piece:
     stats: Stats
 
 
-@dataclass
-class State:
-    """The main model's latent cache and the ids that it has been fed, in order."""
-
-    cache: list
-    ids: list[int] = field(default_factory=list)
-
-    def align(self) -> None:
-        """Trim the cache to the ids known to be in it, after an interrupted step."""
-        self.trim(len(self.ids))
-
-    def trim(self, length: int) -> None:
-        """Keep the first `length` positions."""
-        for layer in self.cache:
-            layer.trim(layer.offset - length)
-        del self.ids[length:]
+def make_state(loaded: Loaded, with_drafts: bool = True) -> State:
+    """Return an empty state for a model, with an MTP cache where it has the module."""
+    has_mtp = loaded.mtp is not None and with_drafts
+    return State(loaded.model.make_cache(), loaded.mtp.make_cache() if has_mtp else None)
 
 
-def make_state(loaded: Loaded) -> State:
-    """Return an empty state for a model."""
-    return State(loaded.model.make_cache())
+def make_gate(loaded: Loaded, drafts: str | int) -> Gate:
+    """Return the gate for `--drafts`: `auto` or a fixed number of drafts, 0 to 4."""
+    if drafts == "auto":
+        return Gate(fixed=None if loaded.mtp is not None else 0)
+    if not str(drafts).isdigit() or int(drafts) > MAX_DRAFTS:
+        raise UserError(f"`--drafts` is `{drafts}`", f"choose auto or 0 to {MAX_DRAFTS}")
+    if int(drafts) and loaded.mtp is None:
+        raise UserError(
+            f"`--drafts {drafts}` needs the MTP module and the folder has no `mtp.safetensors`",
+            "`python -m convert mtp SOURCE FOLDER` adds it from the original checkpoint",
+        )
+    return Gate(fixed=int(drafts))
 
 
 def check_ids(loaded: Loaded, ids: list[int]) -> None:
@@ -99,38 +101,28 @@ def vocabulary_mask(loaded: Loaded) -> mx.array | None:
     return mx.array([0.0 if i in known else -float("inf") for i in range(loaded.args.vocab_size)])
 
 
-def prefill(loaded: Loaded, state: State, ids: list[int]) -> None:
-    """Feed all but the last of `ids` to the model, keeping what the state shares with them."""
-    keep = min(common_prefix_length(state.ids, ids), len(ids) - 1)
-    state.trim(keep)
+def extend_pairs(loaded: Loaded, state: State) -> None:
+    """Move all waiting states but the last into the MTP cache; the last one makes the draft."""
+    start, g = state.mtp_pairs, state.take_pending()
+    if g.shape[1] > 1:
+        loaded.mtp.extend(g[:, :-1], mx.array([state.ids[start + 1 :]]), state.mtp_cache)
+        mx.eval(state.mtp_cache.state)
+    state.give_back(g[:, -1:])
+
+
+def prefill(loaded: Loaded, state: State, ids: list[int]) -> int:
+    """Feed all but the last of `ids`, keeping what the state shares with them; return how many."""
+    state.rewind(min(common_prefix_length(state.ids, ids), len(ids) - 1))
+    reused = len(state.ids)
     while len(ids) - 1 > len(state.ids):
         chunk = ids[len(state.ids) : len(ids) - 1][:PREFILL_CHUNK]
-        loaded.model.hidden(mx.array([chunk]), state.cache)
-        mx.eval([layer.state for layer in state.cache])
-        state.ids.extend(chunk)
+        g = loaded.model.hidden(mx.array([chunk]), state.cache)
+        mx.eval(g, [layer.state for layer in state.cache])
+        state.commit(chunk, g)
+        if state.mtp_cache is not None:
+            extend_pairs(loaded, state)
         mx.clear_cache()
-
-
-def steps(loaded: Loaded, state: State, last: int, sampler: Sampler, limit: int) -> Iterator[int]:
-    """Yield up to `limit` tokens after `last`, which is the first to be fed."""
-    mask = vocabulary_mask(loaded)
-
-    def step(ids: mx.array) -> mx.array:
-        position = state.cache[0].offset + 1
-        logits = loaded.model(ids[None], state.cache)[0]  # (1, vocabulary)
-        token = sampler(logits if mask is None else logits + mask, position)
-        mx.async_eval(token)
-        return token
-
-    token = step(mx.array([last]))
-    state.ids.append(last)
-    for count in range(1, limit + 1):
-        upcoming = step(token) if count < limit else None
-        value = token.item()
-        if upcoming is not None:
-            state.ids.append(value)
-        yield value
-        token = upcoming
+    return reused
 
 
 def stream(
@@ -139,40 +131,44 @@ def stream(
     *,
     max_tokens: int | None = None,
     sampler: Sampler | None = None,
+    drafts: str | int | Gate = "auto",
     state: State | None = None,
 ) -> Iterator[Piece]:
     """Yield the reply to the prompt `ids`, token by token.
 
-    `state` carries the cache from reply to reply; ids it already holds are not computed again.
+    `drafts` is `auto`, a number of drafts for every step, or a `Gate` that outlives the reply.
+    `state` carries the caches from reply to reply; ids it already holds are not computed again.
     Ends with finish_reason `stop` at an end token (whose text is empty) or `length` at
     `max_tokens` or the end of the context. Raises `UserError` for ids that cannot be run.
     """
     check_ids(loaded, ids)
-    state = state or make_state(loaded)
+    gate = drafts if isinstance(drafts, Gate) else make_gate(loaded, drafts)
+    state = state or make_state(loaded, gate.fixed != 0)
     room = loaded.args.max_position_embeddings - len(ids)
     limit = room if max_tokens is None else min(max_tokens, room)
     stats = Stats(prompt_tokens=len(ids))
-    detokenizer = loaded.tokenizer.detokenizer
+    detokenizer, ends = loaded.tokenizer.detokenizer, set(loaded.tokenizer.eos_token_ids)
+    before = loaded.store.counters
     start = time.perf_counter()
     try:
-        stats.reused_tokens = min(common_prefix_length(state.ids, ids), len(ids) - 1)
-        prefill(loaded, state, ids)
-        for token in steps(loaded, state, ids[-1], sampler or Sampler(), limit):
+        stats.reused_tokens = prefill(loaded, state, ids)
+        decoder = Decoder(
+            loaded.model, loaded.mtp, state, sampler or Sampler(), vocabulary_mask(loaded)
+        )
+        for token in decode(decoder, ids[-1], limit, gate, ends, stats.drafts):
             now = time.perf_counter()
             if stats.reply_tokens == 0:
                 stats.prompt_s, first = now - start, now
             stats.reply_tokens += 1
             stats.reply_s = now - first
             stats.peak_bytes = mx.get_peak_memory()
-            stops = token in loaded.tokenizer.eos_token_ids
-            if not stops:
+            stats.experts = loaded.store.counters - before if loaded.store.is_streamed else None
+            if token not in ends:
                 detokenizer.add_token(token)
-            ends = stops or stats.reply_tokens == limit
-            if ends:
+            is_last = token in ends or stats.reply_tokens == limit
+            if is_last:
                 detokenizer.finalize()
-            reason = "stop" if stops else "length" if ends else None
+            reason = "stop" if token in ends else "length" if is_last else None
             yield Piece(token, detokenizer.last_segment, reason, stats)
-            if ends:
-                return
     finally:
         state.align()

@@ -109,6 +109,11 @@ def attend_expanded(q_nope, q_pe, rows, embed_q, unembed_out, scale):
     return mx.concatenate(groups, axis=1)
 
 
+def append(rows: mx.array, cache) -> mx.array:
+    """Append rows (B, L, C + R) to a `KVCache` as keys with empty values; return all of them."""
+    return cache.update_and_fetch(rows[:, None], rows[:, None, :, :0])[0][:, 0]
+
+
 class MLA(nn.Module):
     """Latent attention; parameters bear mlx-lm's names (`kv_b_proj` split for absorption)."""
 
@@ -149,12 +154,16 @@ class MLA(nn.Module):
         row = mx.concatenate([self.kv_a_layernorm(latent), k_pe], axis=-1)
         return q_nope, self.rope(q_pe, offset), row
 
+    def extend(self, x: mx.array, cache) -> None:
+        """Append the rows of x (B, L, D) to the cache; attend from nowhere."""
+        append(self.project(x, cache.offset)[2], cache)
+
     def __call__(self, x: mx.array, cache=None) -> mx.array:
         """Attend from x (B, L, D) over `cache` (a `KVCache` or None) and x itself."""
         B, L, _ = x.shape
         q_nope, q_pe, rows = self.project(x, cache.offset if cache is not None else 0)
         if cache is not None:
-            rows = cache.update_and_fetch(rows[:, None], rows[:, None, :, :0])[0][:, 0]
+            rows = append(rows, cache)
         attend = attend_absorbed if L <= ABSORBED_MAX_QUERIES else attend_expanded
         out = attend(q_nope, q_pe, rows, self.embed_q, self.unembed_out, self.scale)
         return self.o_proj(out.swapaxes(1, 2).reshape(B, L, -1))

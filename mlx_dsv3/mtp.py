@@ -44,9 +44,17 @@ class MTP(DecoderLayer):
         To draft once more, f of the last pair takes the place of g (after `shared_head.norm`,
         spec 4.1). Positions count pairs: the first is 0.
         """
+        return self.shared_head.norm(super().__call__(self.pairs(g, next_ids), cache))
+
+    def pairs(self, g: mx.array, next_ids: mx.array) -> mx.array:
+        """Return the block's input (B, L, D) for states and the tokens that follow them."""
         embedding = self.enorm(self.shared.embed_tokens(next_ids))
         pair = mx.concatenate([embedding, self.hnorm(g)], axis=-1)  # embedding first
-        return self.shared_head.norm(super().__call__(self.eh_proj(pair), cache))
+        return self.eh_proj(pair)
+
+    def extend(self, g: mx.array, next_ids: mx.array, cache) -> None:
+        """Put pairs into the cache without computing the block: no attention, no experts."""
+        self.self_attn.extend(self.input_layernorm(self.pairs(g, next_ids)), cache)
 
     def __call__(self, g: mx.array, next_ids: mx.array, cache=None) -> tuple[mx.array, mx.array]:
         """Return logits (B, L, vocabulary), where row j predicts t_{j+2}, and states f."""

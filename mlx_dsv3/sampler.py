@@ -6,7 +6,8 @@ position) and not of what was drawn before, the same seed gives the same reply h
 were computed: alone, in a batch of drafts, or after a resumed prompt.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
@@ -14,13 +15,17 @@ from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 
 @dataclass
 class Sampler:
-    """Sampling settings; `temp` 0 is greedy. Filters apply before the temperature, as in mlx-lm."""
+    """Sampling settings; `temp` 0 is greedy. Filters apply before the temperature, as in mlx-lm.
+
+    `penalties` are mlx-lm's logits processors: functions of (ids so far, logits).
+    """
 
     temp: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
     seed: int = 0
+    penalties: list[Callable] = field(default_factory=list)
 
     def filtered(self, logprobs: mx.array) -> mx.array:
         """Return log-probabilities (rows, vocabulary) with what the filters drop at -inf."""
@@ -37,14 +42,30 @@ class Sampler:
         key = mx.array([self.seed & 0xFFFFFFFF, position], mx.uint32)
         return mx.random.gumbel((1, size), key=key)
 
-    def __call__(self, logits: mx.array, position: int) -> mx.array:
+    def penalized(self, logits: mx.array, ids: mx.array) -> mx.array:
+        """Return logits (rows, vocabulary) after the penalties; row i sees the ids before it."""
+        rows, length = logits.shape[0], ids.shape[0]
+        out = []
+        for i in range(rows):
+            row = logits[i : i + 1]
+            for penalty in self.penalties:
+                row = penalty(ids[: length - rows + 1 + i], row)
+            out.append(row)
+        return mx.concatenate(out)
+
+    def __call__(
+        self, logits: mx.array, position: int, ids: Callable[[], mx.array] | None = None
+    ) -> mx.array:
         """Return the token ids (rows,) chosen from logits (rows, vocabulary) of one sequence.
 
-        `position` is that of the first token chosen; row i chooses the token at position + i.
+        Row i chooses the token at position + i. `ids` returns the ids up to and including the
+        input of the last row; it is called only where there are penalties.
         """
+        logits = logits.astype(mx.float32)
+        if self.penalties:
+            logits = self.penalized(logits, ids())
         if self.temp == 0:
             return mx.argmax(logits, axis=-1)
-        logits = logits.astype(mx.float32)
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         rows, size = logits.shape
         noise = mx.concatenate([self.noise(position + i, size) for i in range(rows)])
