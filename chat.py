@@ -29,6 +29,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--min-p", type=float)
     parser.add_argument("--seed", type=int, default=0, help="same seed, same reply")
+    parser.add_argument(
+        "--experts", choices=("auto", "resident", "streamed"), default="auto", help="see --plan"
+    )
+    parser.add_argument("--expert-memory", type=float, metavar="GB", help="for routed experts")
+    parser.add_argument("--context", type=int, metavar="N", help="plan memory for N tokens")
+    parser.add_argument("--plan", action="store_true", help="print the memory plan and exit")
+    parser.add_argument("--drafts", default="auto", metavar="auto|N", help="MTP drafts, 0 to 4")
+    parser.add_argument("--trace", metavar="FILE", help="write the experts chosen by each token")
     parser.add_argument("--stats", choices=("line", "json", "off"), default="line")
     parser.add_argument("--trust-remote-code", action="store_true", help="run tokenizer code")
     parser.add_argument("--version", action="version", version=package_version())
@@ -76,15 +84,25 @@ class Chat:
 
     def __init__(self, options: argparse.Namespace):
         from mlx_dsv3.conversation import Conversation
-        from mlx_dsv3.generate import make_state
+        from mlx_dsv3.generate import make_gate, make_state
         from mlx_dsv3.load import load
 
         folder = find_model(options.model)
         self.options = options
         self.sampler = make_sampler(options, folder)
-        self.loaded = load(folder, trust_remote_code=options.trust_remote_code)
-        self.state = make_state(self.loaded)
+        self.loaded = load(
+            folder,
+            experts=options.experts,
+            expert_memory_gb=options.expert_memory,
+            context=options.context,
+            trust_remote_code=options.trust_remote_code,
+        )
+        if options.trace:
+            self.loaded.store.trace_to(Path(options.trace))
+        self.gate = make_gate(self.loaded, options.drafts)
+        self.state = make_state(self.loaded, with_drafts=self.gate.fixed != 0)
         self.conversation = Conversation(self.loaded.tokenizer, options.system)
+        self.last_stats = None
 
     def turn(self, text: str) -> None:
         """Answer one message, streaming to stdout.
@@ -101,6 +119,7 @@ class Chat:
                 self.conversation.prompt_ids(),
                 max_tokens=self.options.max_tokens,
                 sampler=self.sampler,
+                drafts=self.gate,
                 state=self.state,
             )
             for piece in pieces:
@@ -120,20 +139,59 @@ class Chat:
             self.print_stats(stats)
 
     def print_stats(self, stats) -> None:
+        self.last_stats = stats
         if self.options.stats == "json":
             print(json.dumps(asdict(stats)), file=sys.stderr)
         elif self.options.stats == "line":
-            print(
-                f"[prompt {stats.prompt_tokens} tokens ({stats.reused_tokens} reused), "
-                f"{stats.prompt_tps:.1f}/s; reply {stats.reply_tokens} tokens, "
-                f"{stats.reply_tps:.1f}/s; peak {stats.peak_bytes / 1e9:.2f} GB]",
-                file=sys.stderr,
-            )
+            print(f"[{'; '.join(stats_words(stats))}]", file=sys.stderr)
+
+    def show_stats(self) -> None:
+        """Show what the last reply took, in full."""
+        if self.last_stats is None:
+            print("no reply yet", file=sys.stderr)
+            return
+        print("\n".join(stats_words(self.last_stats)), file=sys.stderr)
+        drafts = self.last_stats.drafts
+        if drafts.draft_steps:
+            lengths = ", ".join(f"{i}: {n}" for i, n in enumerate(drafts.lengths) if n)
+            print(f"steps by drafts accepted: {lengths}", file=sys.stderr)
+        for layer, bank in self.loaded.store.banks.items():
+            if not bank.is_resident:
+                count = bank.counters
+                print(
+                    f"layer {layer}: {bank.capacity} slots, {count.hit_rate:.0%} hits, "
+                    f"{count.nbytes / 1e9:.2f} GB read, {count.wait_s:.2f} s waited",
+                    file=sys.stderr,
+                )
 
     def clear(self) -> None:
         """Forget the conversation; the system prompt stays."""
         self.conversation.clear()
         print("(cleared)", file=sys.stderr)
+
+
+def stats_words(stats) -> list[str]:
+    """Return the parts of the statistics line."""
+    words = [
+        f"prompt {stats.prompt_tokens} tokens ({stats.reused_tokens} reused), "
+        f"{stats.prompt_tps:.1f}/s",
+        f"reply {stats.reply_tokens} tokens, {stats.reply_tps:.1f}/s",
+    ]
+    drafts = stats.drafts
+    if drafts.draft_steps:
+        shares = " ".join(f"{share:.0%}" for share in drafts.acceptance)
+        text = f"drafts accepted {shares}, {drafts.tokens_per_forward:.2f} tokens a step"
+        if drafts.speed_up is not None:
+            text += f", {drafts.speed_up:.2f} x plain"
+        words.append(text)
+    if (experts := stats.experts) is not None:
+        rate = experts.nbytes / max(experts.wait_s, 1e-9) / 1e9
+        words.append(
+            f"experts {experts.hit_rate:.0%} hits, {experts.nbytes / 1e9:.2f} GB read, "
+            f"{experts.wait_s:.2f} s waited ({rate:.1f} GB/s)"
+        )
+    words.append(f"peak {stats.peak_bytes / 1e9:.2f} GB")
+    return words
 
 
 class Leave(Exception):
@@ -155,6 +213,7 @@ def show_help(chat: Chat) -> None:
 COMMANDS: dict[str, Callable[[Chat], None]] = {
     "/help": show_help,
     "/clear": Chat.clear,
+    "/stats": Chat.show_stats,
     "/exit": leave,
 }
 
@@ -191,8 +250,28 @@ def repl(chat: Chat) -> None:
             return
 
 
+def print_plan(options: argparse.Namespace) -> None:
+    """Print what the model would take in memory, from headers alone."""
+    from mlx_dsv3.load import plan_memory
+    from mlx_dsv3.memory import gigabytes
+
+    plan = plan_memory(
+        find_model(options.model),
+        experts=options.experts,
+        expert_memory_gb=options.expert_memory,
+        context=options.context,
+    )
+    for what, nbytes, remark in plan.rows():
+        print(f"{what:<14}{gigabytes(nbytes):>12}   {remark}")
+    print(f"{'together':<14}{gigabytes(plan.total_bytes):>12}")
+    print(f"{'allowed':<14}{gigabytes(plan.limit_bytes):>12}   on this machine, now")
+
+
 def main(argv: list[str] | None = None) -> None:
     options = make_parser().parse_args(argv)
+    if options.plan:
+        print_plan(options)
+        return
     piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().strip()
     question = "\n\n".join(text for text in (options.prompt, piped) if text)
     chat_is_open = not question and sys.stdin is not None and sys.stdin.isatty()

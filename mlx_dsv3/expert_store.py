@@ -21,6 +21,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 import mlx.core as mx
 import numpy as np
@@ -37,7 +38,6 @@ from mlx_dsv3.expert_files import (
     read_exactly,
 )
 from mlx_dsv3.headers import TensorInfo
-from mlx_dsv3.memory import MemoryPlan
 
 NUM_READERS = 12
 # A reader that wants the GIL waits up to this long for the main thread (Python's default is 5 ms).
@@ -167,6 +167,11 @@ class Bank:
         return self.capacity == self.num_experts
 
     @property
+    def wants_ids(self) -> bool:
+        """Say whether the host must see which experts a step chose."""
+        return not self.is_resident or self.store.always_read_ids or self.store.trace is not None
+
+    @property
     def min_sorted_rows(self) -> int:
         """Rows below which Metal would leave the tiled kernel; CPU rows are computed alone."""
         return 4 * self.capacity if mx.default_device() == mx.Device(mx.gpu) else 0
@@ -287,7 +292,8 @@ class ExpertStore:
     """The routed experts of a folder, one bank a layer, and the threads that read them.
 
     `tensors` maps names to where they lie (main model and MTP sidecar); `dtype` is the activation
-    dtype, which scales are held in; `plan` says how many slots a layer has, every expert without.
+    dtype, which scales are held in; `slots` gives the slots of a layer, one for every expert
+    where it does not. `always_read_ids` (for tests) sends full banks the streamed way too.
     """
 
     def __init__(
@@ -295,11 +301,14 @@ class ExpertStore:
         tensors: dict[str, TensorInfo],
         args: ModelArgs,
         dtype: mx.Dtype,
-        plan: MemoryPlan | None = None,
+        slots: dict[int, int] | None = None,
+        always_read_ids: bool = False,
     ):
-        self.tensors, self.args, self.dtype, self.plan = tensors, args, dtype, plan
-        self.capacities = plan.slots if plan else {}
+        self.always_read_ids = always_read_ids
+        self.tensors, self.args, self.dtype = tensors, args, dtype
+        self.slots = slots or {}
         self.banks: dict[int, Bank] = {}
+        self.trace: TextIO | None = None
         self._files = Files()
         self._jobs: queue.SimpleQueue = queue.SimpleQueue()
         self._threads = [
@@ -314,7 +323,7 @@ class ExpertStore:
 
     @property
     def is_streamed(self) -> bool:
-        return any(count < self.args.n_routed_experts for count in self.capacities.values())
+        return any(count < self.args.n_routed_experts for count in self.slots.values())
 
     @property
     def counters(self) -> Counters:
@@ -324,7 +333,7 @@ class ExpertStore:
     def open_layer(self, layer: int) -> Bank:
         """Allocate the bank of a layer and, where every expert has a slot, fill it."""
         experts = LayerExperts(layer, self.tensors, self.args)
-        capacity = self.capacities.get(layer, self.args.n_routed_experts)
+        capacity = self.slots.get(layer, self.args.n_routed_experts)
         bank = self.banks[layer] = Bank(experts, capacity, self.dtype, self)
         for path in {request.path for requests in bank.requests for request in requests}:
             self._files.open(path)
@@ -333,6 +342,21 @@ class ExpertStore:
             bank.begin(everyone).wait()
             bank.counters = Counters()
         return bank
+
+    def trace_to(self, path: Path) -> None:
+        """Write the experts of every token and layer to a file: one JSON list a layer and call.
+
+        Each line is [layer, [[ids of the first token], ...]]. Resident layers then read their ids
+        back too, which costs the synchronisation that they otherwise save.
+        """
+        try:
+            self.trace = path.open("w", encoding="utf-8", buffering=1)
+        except OSError as error:
+            raise UserError(f"`{path}` cannot be written: {error.strerror}") from None
+
+    def record(self, layer: int, experts: np.ndarray) -> None:
+        """Append one call's experts (T, K) to the trace."""
+        self.trace.write(f"[{layer}, {experts.tolist()}]\n")
 
     def fetch(self, layer: int, experts: list[int]) -> np.ndarray:
         """Bring distinct experts into slots, wait for them, and return the slots."""
@@ -389,5 +413,7 @@ class ExpertStore:
         for thread in self._threads:
             thread.join()
         self._threads = []
+        if self.trace is not None:
+            self.trace.close()
         self._files.close()
         sys.setswitchinterval(self._switch_interval)

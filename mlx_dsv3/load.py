@@ -223,40 +223,35 @@ def plan_memory(path: str | Path, *, dtype: mx.Dtype | None = None, **options) -
 
 
 def load_model(
-    folder: str | Path,
+    folder: str | Path | Folder,
     *,
     dtype: mx.Dtype | None = None,
-    experts: str = "auto",
-    expert_memory_gb: float | None = None,
-    context: int | None = None,
+    plan: MemoryPlan | None = None,
+    **options,
 ) -> tuple[Model, MTP | None, ExpertStore, ModelArgs, dict]:
-    """Load everything but the tokenizer from an MLX folder; see `load`."""
+    """Load everything but the tokenizer from an MLX folder, by a memory plan.
+
+    Without a plan one is made from `options`; see `memory.make_plan`.
+    """
     dtype = dtype or default_dtype()
     if dtype not in (mx.float32, mx.bfloat16):
         raise UserError(f"dtype `{dtype}` overflows in this model; use float32 or bfloat16")
-    opened = open_folder(folder)
-    args = opened.args
-    plan = make_plan(
-        opened.every,
-        args,
-        dtype,
-        experts=experts,
-        expert_memory_gb=expert_memory_gb,
-        context=context,
-    )
-    store = ExpertStore(opened.every, args, dtype, plan)
+    folder = folder if isinstance(folder, Folder) else open_folder(folder)
+    args = folder.args
+    plan = plan or make_plan(folder.every, args, dtype, **options)
+    store = ExpertStore(folder.every, args, dtype, plan.slots)
     model = Model(args)
-    weights = cast_weights(split_kv_b(load_trunk(opened.tensors), args), dtype)
-    fill(model, weights, str(folder))
+    weights = cast_weights(split_kv_b(load_trunk(folder.tensors), args), dtype)
+    fill(model, weights, str(folder.path))
     join_layers(model)
     for i, layer in enumerate(model.layers):
         if isinstance(layer.mlp, MoE):
             layer.mlp.bank = store.open_layer(i)
-    mtp = load_mtp(opened, model, store, dtype) if opened.sidecar else None
+    mtp = load_mtp(folder, model, store, dtype) if folder.sidecar else None
     if mx.metal.is_available():  # without it macOS pages weights out: up to 88 times slower
         mx.set_wired_limit(available_bytes())
         mx.set_cache_limit(BUFFER_CACHE_BYTES)
-    return model, mtp, store, args, opened.config
+    return model, mtp, store, args, folder.config
 
 
 def load_mtp(folder: Folder, model: Model, store: ExpertStore, dtype: mx.Dtype) -> MTP:
@@ -319,8 +314,15 @@ def load(
     of the activations, bfloat16 on a GPU and float32 on the CPU by default. Raises `UserError`
     for a folder that cannot be run, with what is wrong in it.
     """
-    model, mtp, store, args, config = load_model(
-        folder, dtype=dtype, experts=experts, expert_memory_gb=expert_memory_gb, context=context
+    opened, dtype = open_folder(folder), dtype or default_dtype()
+    plan = make_plan(
+        opened.every,
+        opened.args,
+        dtype,
+        experts=experts,
+        expert_memory_gb=expert_memory_gb,
+        context=context,
     )
-    tokenizer = load_checked_tokenizer(Path(folder), args, config, trust_remote_code)
-    return Loaded(model, tokenizer, mtp, store, store.plan, args, config)
+    model, mtp, store, args, config = load_model(opened, dtype=dtype, plan=plan)
+    tokenizer = load_checked_tokenizer(opened.path, args, config, trust_remote_code)
+    return Loaded(model, tokenizer, mtp, store, plan, args, config)

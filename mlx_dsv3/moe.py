@@ -142,6 +142,8 @@ class Rows:
 
 def routed_streamed(bank, x: mx.array, experts: np.ndarray) -> mx.array:
     """As `routed_resident`, with experts (T, K) on the host and fewer slots than experts."""
+    if bank.store.trace is not None:
+        bank.store.record(bank.layer, experts)
     rows = Rows(bank, x, experts)
     needed, counts = np.unique(experts, return_counts=True)
     try:
@@ -208,7 +210,7 @@ class MoE(nn.Module):
         indices, weights = self.gate(x)  # (B, L, K)
         shared = self.shared_experts(x) if "shared_experts" in self else None
         flat, K = x.flatten(0, -2), indices.shape[-1]
-        if self.bank.is_resident:
+        if not self.bank.wants_ids:
             y = routed_resident(self.bank, flat, indices.reshape(-1, K))
         else:
             mx.async_eval(indices)

@@ -51,6 +51,14 @@ class DraftStats:
         return [a / d for a, d in zip(self.accepted, self.drafted, strict=True) if d]
 
     @property
+    def speed_up(self) -> float | None:
+        """Return tokens a second of draft steps over plain ones, None until both were measured."""
+        if not self.plain_steps or not self.draft_steps:
+            return None
+        plain = self.plain_steps / max(self.plain_s, 1e-9)
+        return self.draft_tokens / max(self.draft_s, 1e-9) / plain
+
+    @property
     def tokens_per_forward(self) -> float:
         forwards = self.draft_steps + self.plain_steps
         return (self.draft_tokens + self.plain_steps) / max(forwards, 1)

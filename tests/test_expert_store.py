@@ -1,7 +1,6 @@
 """Routed experts from disk to banks: every byte, in both arrangements, and what a bad file says."""
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
 import numpy as np
@@ -11,16 +10,17 @@ import torch
 from compare import same_bits
 from mlx_folder import save_ordered, to_mlx, write_mlx
 
-from mlx_dsv3 import expert_store
+from mlx_dsv3 import expert_files
 from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.expert_store import (
-    ExpertStore,
+from mlx_dsv3.expert_files import (
+    LayerExperts,
     Quantization,
+    convert_floats,
     infer_quantization,
     read_exactly,
-    widen,
 )
+from mlx_dsv3.expert_store import ExpertStore
 from mlx_dsv3.headers import read_header, read_headers
 
 CONFIG = tiny.D | {"num_hidden_layers": 2}  # widths that every packing divides
@@ -117,8 +117,8 @@ def test_banks_are_written_in_place(folder_of, open_store):
     array, before = bank.down.weight, mx.array(np.array(bank.down.weight))
     memoryview(array).cast("B")[:] = bytes(array.nbytes)
     assert array.sum().item() == 0
-    plan = expert_store.LayerExperts(1, store.tensors, ARGS).extents(7)
-    store._read(1, 7, plan)
+    for request in LayerExperts(1, store.tensors, ARGS).requests(7):
+        store._read(bank, request, 7)
     assert bank.down.weight is array
     assert same_bits(array[7], before[7]) and array[6].sum().item() == 0
 
@@ -132,7 +132,7 @@ def test_adjacent_extents_are_one_request(folder_of, open_store, monkeypatch):
         requests.append(sum(len(buffer) for buffer in buffers))
         return preadv(fd, buffers, offset)
 
-    monkeypatch.setattr(expert_store.os, "preadv", counted)
+    monkeypatch.setattr(expert_files.os, "preadv", counted)
     open_store(headers_of(folder_of("q4"))).open_layer(1)
     assert len(requests) == ARGS.n_routed_experts
     requests.clear()
@@ -151,7 +151,7 @@ def test_short_reads_are_continued(folder_of, open_store, monkeypatch, step):
     folder = folder_of("q4")
     expected = open_store(headers_of(folder)).open_layer(1)
     if step > 1:
-        monkeypatch.setattr(expert_store.os, "preadv", short)
+        monkeypatch.setattr(expert_files.os, "preadv", short)
         bank = open_store(headers_of(folder)).open_layer(1)
         assert same_bits(bank.gate_up.weight, expected.gate_up.weight)
         assert same_bits(bank.down.scales, expected.down.scales)
@@ -159,7 +159,7 @@ def test_short_reads_are_continued(folder_of, open_store, monkeypatch, step):
         path = folder / "model-experts-00001.safetensors"
         wanted, buffers = path.read_bytes()[100:400], [bytearray(50), bytearray(250)]
         kept = list(buffers)
-        monkeypatch.setattr(expert_store.os, "preadv", short)
+        monkeypatch.setattr(expert_files.os, "preadv", short)
         with path.open("rb") as file:
             read_exactly(file.fileno(), buffers, 100, path)
         assert b"".join(bytes(buffer) for buffer in kept) == wanted
@@ -197,7 +197,7 @@ def test_read_error_is_named(tmp_path):
     """A dying disk: the file and the byte, not a bare errno. A folder cannot be read either."""
     fd = os.open(tmp_path, os.O_RDONLY)
     try:
-        with pytest.raises(UserError, match="reading `.*` at byte 64: Is a directory"):
+        with pytest.raises(UserError, match="reading `.*` at byte 64 failed: Is a directory"):
             read_exactly(fd, [bytearray(8)], 64, tmp_path)
     finally:
         os.close(fd)
@@ -206,7 +206,6 @@ def test_read_error_is_named(tmp_path):
 def test_errors_of_reader_threads_arrive(folder_of, open_store):
     """An exception inside a reader thread that nobody collects leaves zeros in the bank."""
     store = open_store(headers_of(folder_of("bf16")))
-    assert isinstance(store._pool, ThreadPoolExecutor)
     broken = {
         name: info
         if ".9." not in name
@@ -320,7 +319,7 @@ def test_widening_equals_astype(source, kind, target):
     values = mx.array(patterns[finite]).view(kind)
     raw = bytearray(bytes(memoryview(values.view(mx.uint8)).cast("B")))
     expected = values.astype(mx.float32).astype(target).view(mx.uint8)
-    assert widen(raw, source, target) == bytes(memoryview(expected).cast("B"))
+    assert convert_floats(raw, source, target) == bytes(memoryview(expected).cast("B"))
 
 
 def test_float32_is_rounded_to_nearest_even():
@@ -330,7 +329,10 @@ def test_float32_is_rounded_to_nearest_even():
     values = torch.cat([bits, ties]).to(torch.int32).view(torch.float32)
     values = values[values.isfinite()]
     raw = bytearray(values.numpy().tobytes())
-    assert widen(raw, "F32", mx.bfloat16) == values.bfloat16().view(torch.int16).numpy().tobytes()
+    assert (
+        convert_floats(raw, "F32", mx.bfloat16)
+        == values.bfloat16().view(torch.int16).numpy().tobytes()
+    )
 
 
 def test_scales_are_widened(folder_of, open_store):
@@ -347,7 +349,7 @@ def test_bank_outlives_the_store(folder_of):
     store = ExpertStore(headers_of(folder_of("bf16")), ARGS, mx.float32)
     bank = store.open_layer(1)
     before = bank.down.weight.sum().item()
-    files = list(store._files.values())
+    files = list(store._files.descriptors.values())
     store.close()
     assert bank.down.weight.sum().item() == before
     for fd in files:

@@ -13,9 +13,10 @@ from compare import FORMS, LAYER, assert_close, same_bits
 from parity.faults import select
 
 from mlx_dsv3.config import ModelArgs
-from mlx_dsv3.expert_store import Bank, Projection, Quantization
+from mlx_dsv3.expert_files import Quantization
+from mlx_dsv3.expert_store import Projection
 from mlx_dsv3.linear import Joined
-from mlx_dsv3.moe import MLP, Gate, MoE, compute_experts, route
+from mlx_dsv3.moe import MLP, Gate, MoE, compute_experts, route, routed_resident
 
 # spec 3.5, the worked example
 LOGITS = mx.array([[0.0, -1.5, 1.7, 1.9, -1.7, -2.0, -1.8, 0.9, 1.4, -1.7, -2.0, 0.2]])
@@ -165,7 +166,17 @@ PACKINGS = {
 }
 
 
-def random_bank(experts: int, hidden: int, width: int, packing: Quantization | None) -> Bank:
+@dataclasses.dataclass
+class ArrayBank:
+    """A resident bank made of arrays, without files."""
+
+    gate_up: Projection
+    down: Projection
+    num_experts: int
+    wants_ids: bool = False
+
+
+def random_bank(experts: int, hidden: int, width: int, packing: Quantization | None) -> ArrayBank:
     def projection(seed: int, rows: int, columns: int) -> Projection:
         weight = mx.random.normal((experts, rows, columns), key=mx.random.key(seed)) / columns**0.5
         if packing is None:
@@ -173,7 +184,7 @@ def random_bank(experts: int, hidden: int, width: int, packing: Quantization | N
         parts = mx.quantize(weight, packing.group_size, packing.bits, packing.mode)
         return Projection(*parts, *[None] * (3 - len(parts)), packing)
 
-    return Bank(projection(0, 2 * width, hidden), projection(1, hidden, width))
+    return ArrayBank(projection(0, 2 * width, hidden), projection(1, hidden, width), experts)
 
 
 def random_mixture(packing) -> tuple[MoE, mx.array, mx.array]:
@@ -189,10 +200,10 @@ def random_mixture(packing) -> tuple[MoE, mx.array, mx.array]:
 def test_sorted_rows_equal_unsorted_rows(packing):
     """Rows sent back in the wrong order, or a prefill that rounds unlike decoding."""
     mixture, x, indices = random_mixture(PACKINGS[packing])
-    assert indices.size >= 4 * mixture.num_experts
-    is_sorted = mixture.routed(x, indices)
-    mixture.num_experts = indices.size
-    unsorted = mixture.routed(x, indices)
+    assert indices.size >= 4 * mixture.bank.num_experts
+    is_sorted = routed_resident(mixture.bank, x, indices)
+    mixture.bank.num_experts = indices.size
+    unsorted = routed_resident(mixture.bank, x, indices)
     assert is_sorted.shape == (90, 3, 128)
     assert same_bits(is_sorted, unsorted)
 
@@ -201,9 +212,9 @@ def test_sorted_rows_equal_unsorted_rows(packing):
 def test_token_does_not_see_its_neighbours(packing):
     """A token's experts give the same bits alone and among 90."""
     mixture, x, indices = random_mixture(PACKINGS[packing])
-    whole = mixture.routed(x, indices)
+    whole = routed_resident(mixture.bank, x, indices)
     for token in 0, 41, 89:
-        alone = mixture.routed(x[token : token + 1], indices[token : token + 1])
+        alone = routed_resident(mixture.bank, x[token : token + 1], indices[token : token + 1])
         assert same_bits(alone, whole[token : token + 1])
 
 
@@ -218,7 +229,7 @@ def test_result_does_not_depend_on_slots(packing):
         parts = [None if part is None else part[order] for part in parts]
         return Projection(*parts, projection.quantization)
 
-    elsewhere = Bank(moved(bank.gate_up), moved(bank.down))
+    elsewhere = ArrayBank(moved(bank.gate_up), moved(bank.down), bank.num_experts)
     slots = mx.argsort(order)[indices]
     rows = x[:, None, None]
     expected = compute_experts(bank, rows, indices, is_sorted=False)
@@ -238,7 +249,7 @@ def test_experts_equal_a_loop(packing):
             return parts[0]
         return mx.dequantize(*parts, packed.group_size, packed.bits, packed.mode, dtype=mx.float32)
 
-    y = mixture.routed(x, indices)
+    y = routed_resident(mixture.bank, x, indices)
     for token, choice in (0, 0), (41, 2), (89, 1):
         expert = indices[token, choice].item()
         gate, up = mx.split(dense(mixture.bank.gate_up, expert) @ x[token], 2)
