@@ -226,6 +226,14 @@ def test_load_gives_everything(folder):
     assert loaded.config["model_type"] == "deepseek_v3"
 
 
+def test_end_tokens_of_generation_config(folder):
+    """R1-style folders list several end tokens there; config.json has one."""
+    write_json(folder / "generation_config.json", {"eos_token_id": [1, 5]})
+    loaded = load(folder)
+    loaded.store.close()
+    assert loaded.tokenizer.eos_token_ids == {1, 5}
+
+
 # --- what is refused ------------------------------------------------------------------------
 
 

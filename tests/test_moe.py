@@ -12,6 +12,7 @@ import torch
 from compare import FORMS, LAYER, assert_close, same_bits
 from parity.faults import select
 
+from mlx_dsv3 import moe
 from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.expert_files import Quantization
 from mlx_dsv3.expert_store import Projection
@@ -208,6 +209,23 @@ def test_sorted_rows_equal_unsorted_rows(packing):
     assert same_bits(is_sorted, unsorted)
 
 
+@pytest.mark.parametrize("rows, is_sorted", [(3, False), (63, False), (66, True), (270, True)])
+def test_four_rows_an_expert_are_sorted(monkeypatch, rows, is_sorted):
+    """Unsorted, a long prefill would read each expert's weights once a row."""
+    mixture, x, indices = random_mixture(None)
+    used = []
+
+    def spy(bank, x, slots, is_sorted):
+        used.append((is_sorted, slots.flatten().tolist()))
+        return compute_experts(bank, x, slots, is_sorted)
+
+    monkeypatch.setattr(moe, "compute_experts", spy)
+    routed_resident(mixture.bank, x[: rows // 3], indices[: rows // 3])
+    ((was_sorted, slots),) = used
+    assert was_sorted == is_sorted and len(slots) == rows
+    assert not is_sorted or slots == sorted(slots)
+
+
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_token_does_not_see_its_neighbours(packing):
     """A token's experts give the same bits alone and among 90."""
@@ -268,21 +286,29 @@ def test_without_shared_experts(random_pair):
     assert "shared_experts" not in MoE(dataclasses.replace(make_args(), n_shared_experts=None))
 
 
-@pytest.mark.parametrize("bits", [(None, None), (4, 4), (4, 8), (None, 4)])
-def test_joined_layers_equal_separate_ones(bits):
-    """Gate and up as one product; apart where mixed recipes give them different bits."""
-    layers = [nn.Linear(64, rows, bias=False) for rows in (48, 16)]
-    for i, number in enumerate(bits):
-        if number:
-            layers[i] = nn.QuantizedLinear.from_linear(layers[i], 64, number)
+@pytest.mark.parametrize(
+    "formats, products",
+    [
+        ([None, None], 1),
+        ([(64, 4), (64, 4)], 1),
+        ([(64, 4), (64, 4), (64, 4)], 1),
+        ([(64, 4), (64, 8)], 2),
+        ([(64, 4), (32, 4)], 2),
+        ([None, (64, 4)], 2),
+    ],
+)
+def test_joined_layers_equal_separate_ones(formats, products):
+    """Gate and up as one product; apart where mixed recipes pack them differently."""
+    layers = []
+    for rows, packing in zip((48, 16, 8), formats, strict=False):
+        layer = nn.Linear(64, rows, bias=False)
+        layers.append(nn.QuantizedLinear.from_linear(layer, *packing) if packing else layer)
     x = mx.random.normal((3, 64), key=mx.random.key(0))
     expected = [layer(x) for layer in layers]
     joined = Joined(*layers)
-    assert len(joined.layers) == (1 if bits[0] == bits[1] else 2)
-    actual = joined(x)
-    assert [out.shape for out in actual] == [(3, 48), (3, 16)]
-    for out, want in zip(actual, expected, strict=True):
-        assert_close(f"{bits}", out, want, LAYER)
+    assert len(joined.layers) == products
+    for out, want in zip(joined(x), expected, strict=True):
+        assert_close(f"{formats}", out, want, LAYER)
 
 
 def test_mlp_keeps_gate_and_up_apart():

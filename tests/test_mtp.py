@@ -64,6 +64,20 @@ def test_trimmed_drafts_leave_no_trace(pair):
     assert same_bits(drafted.keys_and_values()[0], plain.keys_and_values()[0])
 
 
+def test_extend_fills_the_cache_as_a_call_does(pair):
+    """Pairs put into the cache without their logits: the next draft must not see a difference."""
+    g, next_ids = mlx_pairs(pair.model, random_ids(1, 23))
+    extended, called = pair.mtp.make_cache(), pair.mtp.make_cache()
+    for start, end in (0, 9), (9, 11):
+        pair.mtp.extend(g[:, start:end], next_ids[:, start:end], extended)
+        pair.mtp(g[:, start:end], next_ids[:, start:end], called)
+    assert extended.offset == called.offset == 11
+    assert same_bits(extended.keys_and_values()[0], called.keys_and_values()[0])
+    actual, _ = pair.mtp(g[:, 11:12], next_ids[:, 11:12], extended)
+    expected, _ = pair.mtp(g[:, 11:12], next_ids[:, 11:12], called)
+    assert same_bits(actual, expected)
+
+
 def test_caches_of_both_models_are_apart(pair):
     """Pairs in the main model's cache: the module has one of its own."""
     cache, ids = pair.model.make_cache(), random_ids(1, 6)
