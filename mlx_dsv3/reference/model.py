@@ -225,22 +225,55 @@ class Gate(nn.Module):
         bias = torch.zeros(args.n_routed_experts)
         self.e_score_correction_bias = nn.Parameter(bias, requires_grad=False)
 
-    def forward(self, x):
-        """Return expert ids and weights, each (T, K), for x (T, D)."""
+    def scores(self, x):
+        """Return scores and selection scores (T, E), and group scores (T, G), for x (T, D).
+
+        Selection scores are -inf in the groups that are dropped.
+        """
         args = self.args
         scores = F.linear(at_least_float32(x), at_least_float32(self.weight)).sigmoid()
         biased = scores + self.e_score_correction_bias.to(scores.dtype)
-        if args.n_group > 1:
-            groups = biased.unflatten(-1, (args.n_group, -1))  # (T, G, E / G)
-            group_scores = groups.topk(2, dim=-1).values.sum(-1)
-            kept = group_scores.topk(args.topk_group, dim=-1).indices
-            dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter(-1, kept, False)
-            biased = groups.masked_fill(dropped[..., None], -math.inf).flatten(-2)
+        groups = biased.unflatten(-1, (args.n_group, -1))  # (T, G, E / G)
+        if args.n_group == 1:
+            return scores, biased, biased.new_zeros(len(biased), 1)
+        group_scores = groups.topk(2, dim=-1).values.sum(-1)
+        kept = group_scores.topk(args.topk_group, dim=-1).indices
+        dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter(-1, kept, False)
+        return scores, groups.masked_fill(dropped[..., None], -math.inf).flatten(-2), group_scores
+
+    def forward(self, x):
+        """Return expert ids and weights, each (T, K), for x (T, D)."""
+        args = self.args
+        scores, biased, _ = self.scores(x)
         indices = biased.topk(args.num_experts_per_tok, dim=-1).indices
         weights = scores.gather(-1, indices)
         if args.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return indices, weights * args.routed_scaling_factor
+
+    def margins(self, x):
+        """Return (T,): by how much the choice of groups and of experts was made, in score.
+
+        The last group kept against the first one dropped, or the last expert chosen against the
+        next, whichever is closer; inf where there was no choice.
+        """
+
+        def gap(values, count):
+            if values.shape[-1] <= count:
+                return values.new_full(values.shape[:-1], math.inf)
+            best = values.topk(count + 1, dim=-1).values
+            return best[..., -2] - best[..., -1]
+
+        _, biased, group_scores = self.scores(x)
+        groups = gap(group_scores, self.args.topk_group)
+        return torch.minimum(groups, gap(biased, self.args.num_experts_per_tok))
+
+
+def add_expert(out, expert: nn.Module, idx: int, x, indices, weights):
+    """Return out (T, D) plus the weighted output of one expert for the tokens that chose it."""
+    token, choice = torch.where(indices == idx)
+    y = expert(x[token])
+    return out.index_add(0, token, y.to(out.dtype) * weights[token, choice, None])
 
 
 class MoE(nn.Module):
@@ -256,9 +289,11 @@ class MoE(nn.Module):
         indices, weights = self.gate(flat)
         out = torch.zeros_like(flat, dtype=weights.dtype)
         for idx in indices.unique().tolist():
-            token, choice = torch.where(indices == idx)
-            y = self.experts[idx](flat[token])
-            out = out.index_add(0, token, y.to(out.dtype) * weights[token, choice, None])
+            out = add_expert(out, self.experts[idx], idx, flat, indices, weights)
+        return self.with_shared(out, x)
+
+    def with_shared(self, out, x):
+        """Return the sum of routed experts (T, D) in the shape and dtype of x, plus the shared."""
         out = out.to(x.dtype).view_as(x)
         return out if self.shared_experts is None else out + self.shared_experts(x)
 
@@ -271,8 +306,12 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(args.hidden_size, args.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(args.hidden_size, args.rms_norm_eps)
 
+    def attend(self, h, cache: dict | None = None):
+        """Return the residual state after attention."""
+        return h + self.self_attn(self.input_layernorm(h), cache)
+
     def forward(self, h, cache: dict | None = None):
-        h = h + self.self_attn(self.input_layernorm(h), cache)
+        h = self.attend(h, cache)
         return h + self.mlp(self.post_attention_layernorm(h))
 
 
@@ -294,9 +333,13 @@ class MTPLayer(DecoderLayer):
         self.eh_proj = linear(2 * args.hidden_size, args.hidden_size)
         self.shared_head = SharedHead(args)
 
-    def forward(self, embedding, g, cache: dict | None = None):
+    def pairs(self, embedding, g):
+        """Return the block's input for embeddings of next tokens and states, each (B, L, D)."""
         pair = torch.cat([self.enorm(embedding), self.hnorm(g)], dim=-1)  # embedding first
-        return self.shared_head.norm(super().forward(self.eh_proj(pair), cache))
+        return self.eh_proj(pair)
+
+    def forward(self, embedding, g, cache: dict | None = None):
+        return self.shared_head.norm(super().forward(self.pairs(embedding, g), cache))
 
 
 class Decoder(nn.Module):
