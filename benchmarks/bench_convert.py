@@ -27,7 +27,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from convert.layout import HubTensor, expected_tensors
+from convert.layout import HubTensor, main_tensors
 from convert.source import DTYPE_BYTES
 from mlx_dsv3.config import ModelArgs
 
@@ -95,7 +95,7 @@ def write_checkpoint(folder: Path, config: dict, seed: int = 0) -> int:
     """Write random weights in the hub's layout, piece by piece; return the bytes of all shards."""
     folder.mkdir(parents=True)
     draw, shards, weight_map = np.random.default_rng(seed), [[]], {}
-    for tensor in expected_tensors(ModelArgs.from_dict(config), with_mtp=False):
+    for tensor in main_tensors(ModelArgs.from_dict(config)):
         stored = stored_tensors(tensor)
         if sum(nbytes(*entry) for entry in shards[-1] + stored) > SHARD_BYTES:
             shards.append([])

@@ -1,4 +1,4 @@
-"""Command line of the converter: plan, run, verify.
+"""Command line of the converter: plan, run, verify, mtp.
 
 Parses, calls, prints. `UserError` ends with status 2, a failed verification with 1, Ctrl-C with
 130 and a folder that the same command completes.
@@ -6,16 +6,17 @@ Parses, calls, prints. `UserError` ends with status 2, a failed verification wit
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
 from convert import recipe as recipes
 from convert import verify
+from convert.destination import Destination
 from convert.plan import Plan, build
 from convert.progress import Progress, choose_style, size
 from convert.report import plan_record, print_errors, print_plan
 from convert.run import run
+from convert.sidecar import open_mtp_source, plan_sidecar, write_config
 from convert.source import open_folder
 from mlx_dsv3.errors import UserError, run_main
 
@@ -29,12 +30,13 @@ def parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="show what `run` would write; writes nothing")
     convert = commands.add_parser("run", help="convert SOURCE into DEST; repeat it to resume")
     check = commands.add_parser("verify", help="read a converted folder back")
-    for command in (plan, convert):
+    mtp = commands.add_parser("mtp", help="add the MTP layer to a folder converted elsewhere")
+    for command in (plan, convert, mtp):
         command.add_argument("source", metavar="SOURCE", type=Path, help="folder of a checkpoint")
-    for command in (convert, check):
+    for command in (convert, check, mtp):
         command.add_argument("dest", metavar="DEST", type=Path, help="folder of the result")
-        jobs = max(1, min(4, os.cpu_count() or 1))
-        command.add_argument("--jobs", type=int, default=jobs, help="threads for each stage")
+        # Each job holds about 0.3 GB at V3's shapes; two keep a disk and two cores busy.
+        command.add_argument("--jobs", type=int, default=2, help="threads for each stage")
     for command in (plan, convert):
         command.add_argument("--recipe", help=f"{', '.join(recipes.RECIPES)}, or a JSON file")
         command.add_argument("--q-bits", type=int)
@@ -45,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
         )
     check.add_argument("--source", type=Path, help="derive a sample again from this checkpoint")
     check.add_argument("--full", action="store_true", help="with --source: derive everything")
-    for command in (plan, convert, check):
+    for command in (plan, convert, check, mtp):
         command.add_argument("--json", action="store_true", help="JSON for scripts")
     return root
 
@@ -66,23 +68,27 @@ def plan_command(args: argparse.Namespace) -> None:
 
 def run_command(args: argparse.Namespace) -> None:
     """Convert, or say that it is done already."""
-    _check_jobs(args.jobs)
     progress = Progress(choose_style(args.json))
-    plan = make_plan(args)
+    plan, destination = make_plan(args), Destination(args.dest)
     if plan.source.args.has_mtp and not plan.with_mtp:
         progress.note("config.json announces an MTP layer and the shards hold none: going without")
-    try:
-        converted = run(plan, args.dest, args.jobs, progress)
-    except KeyboardInterrupt:
-        progress.note("stopped; repeat the same command to go on")
-        raise
-    state = "converted" if converted else "was converted already"
-    progress.note(f"`{args.dest}` {state}: {size(plan.nbytes)}, `{plan.recipe.name}`")
+    if destination.is_complete(plan.digest):
+        progress.note(f"`{args.dest}` was converted already")
+        return
+    run(plan, destination, args.jobs, progress)
+    progress.note(f"`{args.dest}` converted: {size(plan.nbytes)}, `{plan.recipe.name}`")
+
+
+def mtp_command(args: argparse.Namespace) -> None:
+    """Add the sidecar to a folder."""
+    progress = Progress(choose_style(args.json))
+    plan = plan_sidecar(open_mtp_source(args.source), args.dest)
+    run(plan, Destination(args.dest), args.jobs, progress, write_config)
+    progress.note(f"`{args.dest}` has its MTP layer: {size(plan.nbytes)}")
 
 
 def verify_command(args: argparse.Namespace) -> int:
     """Print the errors by role and what was found; return 1 when that is anything."""
-    _check_jobs(args.jobs)
     if args.full and not args.source:
         raise UserError("`--full` needs `--source`", "name the checkpoint of the conversion")
     record = verify.open_record(args.dest)
@@ -90,7 +96,9 @@ def verify_command(args: argparse.Namespace) -> int:
     if not findings:  # damaged headers would only be reported twice
         findings += verify.check_values(args.dest, args.jobs)
     if args.source and not findings:
-        plan = verify.plan_again(record, open_folder(args.source))
+        is_sidecar = record["layout"] == "mtp"
+        source = open_mtp_source(args.source) if is_sidecar else open_folder(args.source)
+        plan = verify.plan_again(record, source)
         again = [*verify.check_against_source(args.dest, record, plan, args.full)]
         findings, num_derived = [text for _, text in again if text], len(again)
     if args.json:
@@ -107,16 +115,18 @@ def verify_command(args: argparse.Namespace) -> int:
     return 1 if findings else 0
 
 
-def _check_jobs(jobs: int) -> None:
-    if jobs < 1:
-        raise UserError(f"`--jobs` is {jobs}; one thread is the least")
-
-
-COMMANDS = {"plan": plan_command, "run": run_command, "verify": verify_command}
+COMMANDS = {
+    "plan": plan_command,
+    "run": run_command,
+    "verify": verify_command,
+    "mtp": mtp_command,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    if getattr(args, "jobs", 1) < 1:
+        raise UserError(f"`--jobs` is {args.jobs}; one thread is the least", "leave `--jobs` away")
     return COMMANDS[args.command](args) or 0
 
 

@@ -6,6 +6,7 @@ files, recipes or MLX.
 """
 
 from collections.abc import Iterator
+from itertools import chain
 from math import ceil
 from typing import NamedTuple
 
@@ -120,34 +121,40 @@ def holds_mtp(source: Source) -> bool:
     return source.args.has_mtp and any(name.startswith(prefix) for name in source.tensors)
 
 
-def expected_tensors(args: ModelArgs, with_mtp: bool) -> Iterator[HubTensor]:
-    """Yield everything that must be there."""
+def main_tensors(args: ModelArgs) -> Iterator[HubTensor]:
+    """Yield every tensor of the main model."""
     yield from outer_tensors(args)
     for layer in range(args.num_hidden_layers):
         yield from layer_tensors(args, layer)
-    experts_in = moe_layers(args)
-    if with_mtp:
-        yield from mtp_tensors(args)
-        experts_in = experts_in + [args.num_hidden_layers]
-    for layer in experts_in:
-        for expert in range(args.n_routed_experts):
-            yield from expert_tensors(args, layer, expert)
+    for layer in moe_layers(args):
+        yield from layer_experts(args, layer)
 
 
-def check_tensors(source: Source) -> None:
-    """Raise `UserError` unless the shards hold exactly the tensors that config.json implies."""
-    left = {name for name in source.tensors if not name.endswith("rotary_emb.inv_freq")}
+def layer_experts(args: ModelArgs, layer: int) -> Iterator[HubTensor]:
+    for expert in range(args.n_routed_experts):
+        yield from expert_tensors(args, layer, expert)
+
+
+def check_tensors(source: Source, only_mtp: bool = False) -> None:
+    """Raise `UserError` unless the shards hold exactly the tensors that config.json implies.
+
+    With `only_mtp`, the MTP layer is looked at and nothing else.
+    """
+    args, prefix = source.args, mtp_prefix(source.args) if only_mtp else ""
+    left = {name for name in source.tensors if name.startswith(prefix)}
+    left = {name for name in left if not name.endswith("rotary_emb.inv_freq")}
+    expected = [] if only_mtp else [main_tensors(args)]
+    if holds_mtp(source):
+        expected += [mtp_tensors(args), layer_experts(args, args.num_hidden_layers)]
+        outer = (args.vocab_size, args.hidden_size)
+        copies = [HubTensor(name, outer, "mtp") for name in mtp_duplicates(args)]
+        expected.append(copy for copy in copies if copy.name in left)
     missing = []
-    shape_of = {tensor.name: tensor.shape for tensor in outer_tensors(source.args)}
-    with_mtp = holds_mtp(source)
-    for tensor in expected_tensors(source.args, with_mtp):
+    for tensor in chain(*expected):
         if tensor.name in left:
             left -= _check_tensor(source, tensor)
         else:
             missing.append(tensor.name)
-    for copy, original in mtp_duplicates(source.args).items() if with_mtp else ():
-        if copy in left:
-            left -= _check_tensor(source, HubTensor(copy, shape_of[original], "mtp"))
     if missing:
         raise UserError(
             f"`{missing[0]}` is in none of {len(source.shard_bytes)} shards"

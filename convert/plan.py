@@ -123,7 +123,7 @@ class OutputFile:
 
 @dataclass
 class Plan:
-    """Files and units; `layout` is `records` or `stacked` and concerns the routed experts."""
+    """Files and units of a conversion."""
 
     source: Source
     recipe: Recipe
@@ -149,23 +149,16 @@ class Plan:
 
 
 def build(source: Source, recipe: Recipe, layout: str = "records") -> Plan:
-    """Check the source's tensors and plan its conversion; raise `UserError` where it cannot."""
-    check_tensors(source)
-    planner = _Planner(source, recipe)
-    args, with_mtp = source.args, holds_mtp(source)
-    embedding, norm, head = outer_tensors(args)
-    trunk = [embedding]
-    for layer in range(args.num_hidden_layers):
-        trunk.extend(layer_tensors(args, layer))
-    planner.add_trunk([*trunk, norm, head])
-    for layer in moe_layers(args):
-        file = planner.open_file(f"model-experts-{layer:05d}.safetensors", RECORD_ALIGNMENT)
-        planner.add_experts(file, layer, layout)
+    """Check the source's tensors and plan its conversion; raise `UserError` where it cannot.
+
+    `layout` arranges the routed experts as `records` or `stacked`; `mtp` plans the sidecar alone.
+    """
+    check_tensors(source, only_mtp=layout == "mtp")
+    planner, with_mtp = _Planner(source, recipe), holds_mtp(source)
+    if layout != "mtp":
+        planner.add_main_model(layout)
     if with_mtp:
-        file = planner.open_file(MTP_FILE, RECORD_ALIGNMENT)
-        planner.add_experts(file, args.num_hidden_layers, "records")
-        planner.add_tensors(file, list(mtp_tensors(args)))
-        planner.compare_duplicates()
+        planner.add_sidecar()
     return Plan(source, recipe, layout, with_mtp, planner.files, planner.ordered_units())
 
 
@@ -180,6 +173,30 @@ class _Planner:
         self.source, self.recipe = source, recipe
         self.files: dict[str, OutputFile] = {}
         self.pending: list[tuple] = []  # (tensors, file, modules, expert when stacked)
+
+    def add_main_model(self, layout: str) -> None:
+        """Add the trunk, then one file of routed experts for each MoE layer."""
+        args = self.source.args
+        embedding, norm, head = outer_tensors(args)
+        trunk = [embedding]
+        for layer in range(args.num_hidden_layers):
+            trunk.extend(layer_tensors(args, layer))
+        self.add_trunk([*trunk, norm, head])
+        for layer in moe_layers(args):
+            file = self.open_file(f"model-experts-{layer:05d}.safetensors", RECORD_ALIGNMENT)
+            self.add_experts(file, layer, layout)
+
+    def add_sidecar(self) -> None:
+        """Add the MTP layer: experts first, so that their records are aligned."""
+        args = self.source.args
+        file = self.open_file(MTP_FILE, RECORD_ALIGNMENT)
+        self.add_experts(file, args.num_hidden_layers, "records")
+        self.add_tensors(file, list(mtp_tensors(args)))
+        for copy, original in mtp_duplicates(args).items():
+            if {copy, original} <= set(self.source.tensors):
+                shape = self.source.tensors[original].shape
+                pair = tuple(HubTensor(name, shape, "mtp") for name in (copy, original))
+                self.pending.append((pair, None, [], None))
 
     def open_file(self, name: str, alignment: int = 8) -> OutputFile:
         return self.files.setdefault(name, OutputFile(name, alignment))
@@ -254,14 +271,6 @@ class _Planner:
         else:
             parts.append(Part(f"{path}.scales", "U8", groups))
         return Module(path, role, chosen, tuple(parts))
-
-    def compare_duplicates(self) -> None:
-        """Add units that only compare the MTP layer's copies with embedding and head."""
-        for copy, original in mtp_duplicates(self.source.args).items():
-            if copy in self.source.tensors:
-                shape = self.source.tensors[original].shape
-                pair = tuple(HubTensor(name, shape, "mtp") for name in (copy, original))
-                self.pending.append((pair, None, [], None))
 
     def ordered_units(self) -> list[Unit]:
         """Return the units: comparisons first, then by the last shard that a unit needs."""

@@ -32,15 +32,18 @@ SYNC_SECONDS = 10.0
 CACHE_BYTES = 256 << 20  # Metal would otherwise keep every freed buffer
 
 
-def run(plan: Plan, folder: Path, jobs: int, progress: Progress) -> bool:
-    """Convert into `folder`; return False when that is done already.
+def run(
+    plan: Plan,
+    destination: Destination,
+    jobs: int,
+    progress: Progress,
+    small_files: Callable[[Plan, Path], list[str]] = write_small_files,
+) -> None:
+    """Carry a plan out; `small_files` writes what is no tensor and returns the names.
 
-    Raises `UserError` for a destination that belongs to something else, a damaged source, a disk
-    that is too small or full. After any interruption the same call goes on to the same bytes.
+    Raises `UserError` for a run by somebody else in the same folder, a damaged source, a disk that
+    is too small or full. After any interruption the same call goes on to the same bytes.
     """
-    destination = Destination(folder)
-    if destination.is_complete(plan.digest):
-        return False
     destination.check_space(plan.nbytes)
     mx.set_cache_limit(CACHE_BYTES)
     head = {
@@ -53,13 +56,15 @@ def run(plan: Plan, folder: Path, jobs: int, progress: Progress) -> bool:
     }
     try:
         destination.open(head)
-        _Run(plan, destination, jobs, progress).finish(head)
+        _Run(plan, destination, jobs, progress).finish(head, small_files)
     except OSError as error:
-        raise explain(error, folder) from error
+        raise explain(error, destination.folder) from error
+    except KeyboardInterrupt:
+        progress.note("stopped; repeat the same command to go on")
+        raise
     finally:
         progress.stop()
         destination.close()
-    return True
 
 
 class _Run:
@@ -73,12 +78,12 @@ class _Run:
         self.sync_count = 0  # units that the sync under way covers
         self.sync_s, self.bytes_since_sync = time.monotonic(), 0
 
-    def finish(self, head: dict) -> None:
+    def finish(self, head: dict, small_files: Callable[[Plan, Path], list[str]]) -> None:
         """Do what is left: units, small files, checksums, renames."""
         if not self.journal.is_finishing:
             self.resume(head)
             self.convert()
-            self.complete_folder()
+            self.complete_folder(small_files)
             self.journal.mark_finishing()
         names = {path.name for path in self.destination.partial.iterdir()}
         self.destination.publish(sorted(names - {JOURNAL, LOCK}))
@@ -148,10 +153,10 @@ class _Run:
         self.sync = None
         self.journal.mark_synced(self.sync_count)
 
-    def complete_folder(self) -> None:
+    def complete_folder(self, small_files: Callable[[Plan, Path], list[str]]) -> None:
         """Write everything that is no tensor, conversion.json last, and bring it to the disk."""
         partial = self.destination.partial
-        names = [*self.plan.files, *write_small_files(self.plan, partial)]
+        names = [*self.plan.files, *small_files(self.plan, partial)]
         with ThreadPoolExecutor(self.jobs) as pool:
             records = pool.map(file_record, [partial / name for name in names])
             files = dict(sorted(zip(names, records, strict=True)))
@@ -173,17 +178,22 @@ def evaluate(
     raws: Iterable[tuple[Unit, list[Raw]]], plan: Plan, on: list[mx.Stream]
 ) -> Iterator[tuple[Unit, list[Derived]]]:
     """Yield each unit with its evaluated arrays, keeping every stream busy with a next one."""
-    args, block = plan.source.args, plan.source.block
     running = deque()
-    for i, (unit, raw) in enumerate(raws):
-        with mx.stream(on[i % len(on)]):
-            outputs = derive(unit, raw, args, block) if raw else []
-            mx.async_eval(outputs)
-        running.append((unit, outputs))
+    for i, item in enumerate(raws):
+        running.append(_start(item, plan, on[i % len(on)]))
+        del item  # the source's bytes: MLX has its own copy by now
         if len(running) > len(on):
             yield _evaluated(running.popleft())
     while running:
         yield _evaluated(running.popleft())
+
+
+def _start(item: tuple[Unit, list[Raw]], plan: Plan, stream: mx.Stream) -> tuple:
+    unit, raws = item
+    with mx.stream(stream):
+        outputs = derive(unit, raws, plan.source.args, plan.source.block) if raws else []
+        mx.async_eval(outputs)
+    return unit, outputs
 
 
 def _evaluated(item: tuple[Unit, list[Derived]]) -> tuple[Unit, list[Derived]]:
@@ -198,9 +208,13 @@ def ahead(function: Callable, items: Iterable, pool: ThreadPoolExecutor, depth: 
     waiting = deque()
     for item in items:
         waiting.append((item, pool.submit(function, item)))
+        del item  # nothing but the queue may keep a unit's arrays alive
         if len(waiting) > depth:
-            item, future = waiting.popleft()
-            yield item, future.result()
+            yield _result(waiting.popleft())
     while waiting:
-        item, future = waiting.popleft()
-        yield item, future.result()
+        yield _result(waiting.popleft())
+
+
+def _result(entry: tuple) -> tuple:
+    item, future = entry
+    return item, future.result()

@@ -191,14 +191,22 @@ def block_size(config: dict) -> tuple[int, int]:
     return (block[0], block[1])
 
 
-def open_folder(folder: Path) -> Source:
-    """Open a local checkpoint; raise `UserError` for whatever is missing or damaged."""
+def open_folder(folder: Path, prefix: str = "") -> Source:
+    """Open a local checkpoint; raise `UserError` for whatever is missing or damaged.
+
+    With `prefix`, only the shards that hold tensors of such names are looked at.
+    """
     config = read_config(folder)
     ModelArgs.from_dict(config)  # what we do not run is refused before files are looked at
     block_size(config)
     index_file = folder / INDEX_FILE
     if index_file.is_file():
         shards = read_index(read_json(index_file), INDEX_FILE)
+        shards = {
+            shard: names
+            for shard, names in shards.items()
+            if any(name.startswith(prefix) for name in names)
+        }
     elif (folder / SINGLE_FILE).is_file():
         shards = {SINGLE_FILE: None}
     else:

@@ -1,0 +1,78 @@
+"""`convert mtp`: give the MTP layer back to a folder that somebody else converted.
+
+Other converters drop layer `num_hidden_layers`. The sidecar written here is the one of a whole
+conversion, byte for byte; config.json gains its entries, and nothing else in the folder changes.
+"""
+
+from pathlib import Path
+
+from convert.destination import JOURNAL, PARTIAL, RECORD_FILE
+from convert.layout import holds_mtp, mtp_prefix
+from convert.metadata import write_json
+from convert.plan import MTP_FILE, Plan, build, quantization_config
+from convert.recipe import RECIPES
+from convert.source import Source, open_folder
+from mlx_dsv3.config import ModelArgs, read_config
+from mlx_dsv3.errors import UserError
+
+SAME_MODEL = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "kv_lora_rank",
+    "q_lora_rank",
+    "moe_intermediate_size",
+    "n_routed_experts",
+)
+
+
+def open_mtp_source(folder: Path) -> Source:
+    """Open a checkpoint as far as its MTP layer; the other shards may be missing."""
+    args = ModelArgs.from_dict(read_config(folder))
+    source = open_folder(folder, mtp_prefix(args))
+    if not holds_mtp(source):
+        raise UserError(
+            f"`{folder}` holds no MTP layer", "take the original checkpoint from the hub"
+        )
+    return source
+
+
+def plan_sidecar(source: Source, folder: Path) -> Plan:
+    """Plan the sidecar for `folder`: 8 bits, or BF16 where the folder is not quantised.
+
+    Raises `UserError` for a folder that is no MLX folder of this model, or has the layer already.
+    """
+    config = read_config(folder)
+    receiver = ModelArgs.from_dict(config)
+    for name in SAME_MODEL:
+        ours, theirs = getattr(source.args, name), getattr(receiver, name)
+        if ours != theirs:
+            raise UserError(
+                f"`{folder}` is another model: its `{name}` is {theirs}, the source's is {ours}",
+                "give the checkpoint that the folder was converted from",
+            )
+    is_begun = (folder / PARTIAL / JOURNAL).exists()
+    if not is_begun and ((folder / MTP_FILE).exists() or (folder / RECORD_FILE).exists()):
+        raise UserError(
+            f"`{folder}` comes from this converter or has `{MTP_FILE}` already",
+            "`python -m convert run SOURCE DEST` converts with the MTP layer",
+        )
+    if "quantization" not in config and config.get("quantization_config"):
+        raise UserError(
+            f"`{folder}` is a checkpoint, not an MLX folder", "give the converted folder as DEST"
+        )
+    return build(source, RECIPES["q8" if "quantization" in config else "bf16"], "mtp")
+
+
+def write_config(plan: Plan, folder: Path) -> list[str]:
+    """Write the folder's config.json, with the sidecar's modules added, into `.partial`."""
+    config = read_config(folder.parent)
+    config["num_nextn_predict_layers"] = 1
+    if "quantization" in config:
+        added = quantization_config(plan)
+        paths = {path: entry for path, entry in added.items() if isinstance(entry, dict)}
+        config["quantization"] = config["quantization"] | paths
+        config["quantization_config"] = config["quantization"]
+    write_json(folder / "config.json", config)
+    return ["config.json"]
