@@ -6,7 +6,7 @@ is never inferred from the shapes.
 
 Activations are quantised when they meet an FP8 weight: one scale per token and 128 channels. The
 product of each 128 channels is exact to float32 before its two scales apply, so scales cannot be
-taken out of the sum. `kernels.py` has the same three operations for a GPU; these are their oracle.
+taken out of the sum. `kernels.py` has the same operations for a GPU; these are their oracle.
 """
 
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 BLOCK = 128
 FP8_MAX = 448.0
+SLAB_BLOCKS = 16  # rows of blocks dequantised at once: bounds the float32 copies
 MIN_AMAX = 1e-4  # DeepSeek-V3 inference, kernel.py: an all-zero group would divide by zero
 
 
@@ -29,6 +30,16 @@ def expand_scales(scale: Tensor, shape: tuple[int, int], block: int = BLOCK) -> 
 def dequantize_blocks(weight: Tensor, scale: Tensor, block: int = BLOCK) -> Tensor:
     """Return weight * scale in float32, both of any float dtype; the caller rounds to bfloat16."""
     return weight.float() * expand_scales(scale.float(), weight.shape, block)
+
+
+def dequantize(weight: Tensor, scale: Tensor, block: int = BLOCK) -> Tensor:
+    """Return `dequantize_blocks` rounded to bfloat16, a slab of rows at a time."""
+    out = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.device)
+    step = SLAB_BLOCKS * block
+    for start in range(0, weight.shape[0], step):
+        rows, scales = slice(start, start + step), scale[start // block :][:SLAB_BLOCKS]
+        out[rows] = dequantize_blocks(weight[rows], scales, block)
+    return out
 
 
 def quantize_blocks(weight: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor]:
@@ -93,10 +104,11 @@ class Operations(NamedTuple):
 
     name: str
     quantize_activations: Callable[[Tensor, bool], tuple[Tensor, Tensor]]
+    dequantize: Callable[[Tensor, Tensor, int], Tensor]
     block_matmul: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-PLAIN = Operations("plain", quantize_activations, block_matmul)
+PLAIN = Operations("plain", quantize_activations, dequantize, block_matmul)
 
 
 class Fp8Linear(nn.Module):

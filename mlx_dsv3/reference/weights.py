@@ -8,7 +8,6 @@ and read with plain reads: a mapped shard would count as memory of this process.
 
 import hashlib
 import json
-import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.reference.fp8 import BLOCK, PLAIN, Fp8Linear, Operations, dequantize_blocks
+from mlx_dsv3.reference.fp8 import BLOCK, PLAIN, Fp8Linear, Operations
 from mlx_dsv3.reference.model import Args, Model
 
 SCALE_SUFFIX = "_scale_inv"
 SINGLE_FILE = "model.safetensors"
-SLAB_ROWS = 16 * BLOCK  # rows dequantised at once; a slab's float32 copies are short-lived
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -198,18 +196,14 @@ class HubTensors:
         return digest.hexdigest()
 
 
-def dequantized(stored: Stored, dtype: torch.dtype, block: int = BLOCK) -> Tensor:
-    """Return a stored tensor in `dtype`; FP8 by way of bfloat16, a slab of rows at a time."""
+def dequantized(
+    stored: Stored, dtype: torch.dtype, block: int = BLOCK, operations: Operations = PLAIN
+) -> Tensor:
+    """Return a stored tensor in `dtype`; FP8 by way of bfloat16."""
     tensor, scale = stored
-    if scale is None:
-        return tensor.to(dtype)
-    out = torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
-    step = math.lcm(SLAB_ROWS, block)
-    for start in range(0, tensor.shape[0], step):
-        rows = slice(start, start + step)
-        scales = scale[start // block : (start + step) // block]
-        out[rows] = dequantize_blocks(tensor[rows], scales, block).bfloat16()
-    return out
+    if scale is not None:
+        tensor = operations.dequantize(tensor, scale, block)
+    return tensor.to(dtype)
 
 
 def fill(
@@ -235,7 +229,7 @@ def fill(
         is_bias = name.endswith("e_score_correction_bias")
         is_half = arithmetic.dtype == torch.bfloat16
         dtype = torch.float32 if is_bias and is_half else arithmetic.dtype
-        value = dequantized(here, dtype, block)
+        value = dequantized(here, dtype, block, arithmetic.operations)
         setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
 
 
