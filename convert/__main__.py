@@ -7,17 +7,20 @@ Parses, calls, prints. `UserError` ends with status 2, a failed verification wit
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from convert import recipe as recipes
 from convert import verify
-from convert.destination import Destination
+from convert.destination import SHARDS, Destination
+from convert.hub import REPO_ID, Repo, fetch_checked, missing_in_cache, open_repo
 from convert.plan import Plan, build
 from convert.progress import Progress, choose_style, size
 from convert.report import plan_record, print_errors, print_plan
 from convert.run import run
-from convert.sidecar import open_mtp_source, plan_sidecar, write_config
-from convert.source import open_folder
+from convert.shards import Shards, disk_peak
+from convert.sidecar import mtp_prefix_of, plan_sidecar, write_config
+from convert.source import Source, open_folder
 from mlx_dsv3.errors import UserError, run_main
 
 
@@ -32,7 +35,8 @@ def parser() -> argparse.ArgumentParser:
     check = commands.add_parser("verify", help="read a converted folder back")
     mtp = commands.add_parser("mtp", help="add the MTP layer to a folder converted elsewhere")
     for command in (plan, convert, mtp):
-        command.add_argument("source", metavar="SOURCE", type=Path, help="folder of a checkpoint")
+        command.add_argument("source", metavar="SOURCE", help="folder of a checkpoint, or a hub id")
+        command.add_argument("--revision", help="with a hub id: branch, tag or commit")
     for command in (convert, check, mtp):
         command.add_argument("dest", metavar="DEST", type=Path, help="folder of the result")
         # Each job holds about 0.3 GB at V3's shapes; two keep a disk and two cores busy.
@@ -45,21 +49,46 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--stacked", action="store_true", help="stack routed experts, for other engines"
         )
-    check.add_argument("--source", type=Path, help="derive a sample again from this checkpoint")
+    convert.add_argument(
+        "--discard-source",
+        action="store_true",
+        help="with a hub id: delete each shard when its tensors are converted",
+    )
+    check.add_argument("--source", help="derive a sample again from this checkpoint")
+    check.add_argument("--revision", help="with a hub id: branch, tag or commit")
     check.add_argument("--full", action="store_true", help="with --source: derive everything")
     for command in (plan, convert, check, mtp):
         command.add_argument("--json", action="store_true", help="JSON for scripts")
     return root
 
 
-def make_plan(args: argparse.Namespace) -> Plan:
+def open_source(
+    args: argparse.Namespace, prefix: Callable[[dict], str] = lambda _: ""
+) -> tuple[Source, Repo | None]:
+    """Open SOURCE: a folder, or a repository by its headers alone.
+
+    `prefix` names, for a config.json, the tensors that matter; other shards are left alone.
+    """
+    if Path(args.source).exists() or not REPO_ID.fullmatch(args.source):
+        if args.revision or getattr(args, "discard_source", False):
+            raise UserError(
+                "`--revision` and `--discard-source` are for repositories on the hub",
+                "a folder's files are never deleted; leave the flag away",
+            )
+        return open_folder(Path(args.source), prefix), None
+    repo = Repo(args.source, args.revision)
+    return open_repo(repo, prefix), repo
+
+
+def make_plan(args: argparse.Namespace) -> tuple[Plan, Repo | None]:
     recipe = recipes.choose(args.recipe, args.q_bits, args.q_group_size, args.q_mode)
-    return build(open_folder(args.source), recipe, "stacked" if args.stacked else "records")
+    source, repo = open_source(args)
+    return build(source, recipe, "stacked" if args.stacked else "records"), repo
 
 
 def plan_command(args: argparse.Namespace) -> None:
     """Print what `run` would do."""
-    plan = make_plan(args)
+    plan, _ = make_plan(args)
     if args.json:
         print(json.dumps(plan_record(plan)))
     else:
@@ -69,21 +98,45 @@ def plan_command(args: argparse.Namespace) -> None:
 def run_command(args: argparse.Namespace) -> None:
     """Convert, or say that it is done already."""
     progress = Progress(choose_style(args.json))
-    plan, destination = make_plan(args), Destination(args.dest)
+    (plan, repo), destination = make_plan(args), Destination(args.dest)
     if plan.source.args.has_mtp and not plan.with_mtp:
         progress.note("config.json announces an MTP layer and the shards hold none: going without")
+    if (mtp := plan.recipe.by_role["mtp"]) and plan.with_mtp and mtp.bits < 8:
+        progress.note(
+            f"the recipe gives the MTP layer {mtp.bits} bits: few drafts will be accepted"
+        )
     if destination.is_complete(plan.digest):
         progress.note(f"`{args.dest}` was converted already")
         return
-    run(plan, destination, args.jobs, progress)
+    shards = shards_from(args, plan, repo, destination)
+    run(plan, destination, args.jobs, progress, shards=shards)
     progress.note(f"`{args.dest}` converted: {size(plan.nbytes)}, `{plan.recipe.name}`")
+
+
+def shards_from(args, plan: Plan, repo: Repo | None, destination: Destination) -> Shards | None:
+    """Return what fetches the shards of a repository, after a look at the disks."""
+    if repo is None or not args.discard_source:
+        needed = plan.nbytes
+        if repo:
+            needed += missing_in_cache(repo, plan.source)
+        destination.check_space(needed)
+    else:
+        destination.check_space(disk_peak(plan, args.jobs))
+    if repo is None:
+        return None
+    folder = destination.partial / SHARDS if args.discard_source else None
+    shards = Shards(plan, lambda shard: fetch_checked(repo, plan.source, shard, folder), folder)
+    plan.source.path_of = shards.path
+    return shards
 
 
 def mtp_command(args: argparse.Namespace) -> None:
     """Add the sidecar to a folder."""
-    progress = Progress(choose_style(args.json))
-    plan = plan_sidecar(open_mtp_source(args.source), args.dest)
-    run(plan, Destination(args.dest), args.jobs, progress, write_config)
+    progress, destination = Progress(choose_style(args.json)), Destination(args.dest)
+    source, _ = open_source(args, mtp_prefix_of)
+    plan = plan_sidecar(source, args.dest)
+    destination.check_space(plan.nbytes)
+    run(plan, destination, args.jobs, progress, write_config)
     progress.note(f"`{args.dest}` has its MTP layer: {size(plan.nbytes)}")
 
 
@@ -96,8 +149,7 @@ def verify_command(args: argparse.Namespace) -> int:
     if not findings:  # damaged headers would only be reported twice
         findings += verify.check_values(args.dest, args.jobs)
     if args.source and not findings:
-        is_sidecar = record["layout"] == "mtp"
-        source = open_mtp_source(args.source) if is_sidecar else open_folder(args.source)
+        source, _ = open_source(args, mtp_prefix_of if record["layout"] == "mtp" else lambda _: "")
         plan = verify.plan_again(record, source)
         again = [*verify.check_against_source(args.dest, record, plan, args.full)]
         findings, num_derived = [text for _, text in again if text], len(again)

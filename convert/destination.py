@@ -20,6 +20,7 @@ from mlx_dsv3.errors import UserError
 PARTIAL = ".partial"
 JOURNAL = "journal"
 LOCK = "lock"
+SHARDS = "source"
 RECORD_FILE = "conversion.json"
 
 
@@ -92,11 +93,11 @@ class Destination:
         )
         written = 0
         if self.partial.exists():
-            written = sum(path.stat().st_blocks * 512 for path in self.partial.iterdir())
+            written = sum(path.stat().st_blocks * 512 for path in self.partial.rglob("*"))
         free = shutil.disk_usage(parent).free
         if nbytes - written > free:
             raise UserError(
-                f"the result needs {size(nbytes - written)} more on the disk of `{self.folder}`, "
+                f"the conversion needs {size(nbytes - written)} on the disk of `{self.folder}`, "
                 f"which has {size(free)} free",
                 "free some space, or choose a recipe with fewer bits or another disk",
             )
@@ -122,6 +123,7 @@ class Destination:
         assert (self.folder / name).exists(), name
 
     def _remove_partial(self) -> None:
+        shutil.rmtree(self.partial / SHARDS, ignore_errors=True)
         for name in (JOURNAL, LOCK):
             (self.partial / name).unlink(missing_ok=True)
         self.partial.rmdir()

@@ -24,6 +24,7 @@ from convert.metadata import (
 )
 from convert.plan import Plan, Unit
 from convert.progress import Progress
+from convert.shards import Shards
 from convert.transform import Derived, Raw, derive, read_unit
 from convert.writer import Writer, explain, flush_file, sync_folder
 
@@ -38,13 +39,15 @@ def run(
     jobs: int,
     progress: Progress,
     small_files: Callable[[Plan, Path], list[str]] = write_small_files,
+    shards: Shards | None = None,
 ) -> None:
     """Carry a plan out; `small_files` writes what is no tensor and returns the names.
+
+    `shards` brings the source's files while the work goes on; None where they are all here.
 
     Raises `UserError` for a run by somebody else in the same folder, a damaged source, a disk that
     is too small or full. After any interruption the same call goes on to the same bytes.
     """
-    destination.check_space(plan.nbytes)
     mx.set_cache_limit(CACHE_BYTES)
     head = {
         "recipe": plan.recipe.name,
@@ -56,7 +59,7 @@ def run(
     }
     try:
         destination.open(head)
-        _Run(plan, destination, jobs, progress).finish(head, small_files)
+        _Run(plan, destination, jobs, progress, shards).finish(head, small_files)
     except OSError as error:
         raise explain(error, destination.folder) from error
     except KeyboardInterrupt:
@@ -70,8 +73,9 @@ def run(
 class _Run:
     """One run over the units that are not done yet."""
 
-    def __init__(self, plan: Plan, destination: Destination, jobs: int, progress: Progress):
+    def __init__(self, plan, destination, jobs, progress, shards):
         self.plan, self.destination, self.jobs, self.progress = plan, destination, jobs, progress
+        self.shards = shards
         self.journal = destination.journal
         self.writer = Writer(destination.partial, plan.files)
         self.sync: Future | None = None
@@ -85,7 +89,7 @@ class _Run:
             self.convert()
             self.complete_folder(small_files)
             self.journal.mark_finishing()
-        names = {path.name for path in self.destination.partial.iterdir()}
+        names = {path.name for path in self.destination.partial.iterdir() if path.is_file()}
         self.destination.publish(sorted(names - {JOURNAL, LOCK}))
 
     def resume(self, head: dict) -> None:
@@ -96,6 +100,8 @@ class _Run:
         for index, done in unconfirmed.items():
             if self.writer.digest_on_disk(self.plan.units[index]) == done.sha256:
                 self.journal.add(index, done)
+        self.writer.sync()
+        self.journal.mark_synced(len(self.journal.unsynced))
         finished = sum(self.plan.units[index].nbytes for index in self.journal.done)
         self.progress.start(sum(unit.nbytes for unit in self.plan.units), finished)
 
@@ -108,6 +114,8 @@ class _Run:
             ThreadPoolExecutor(1),
         ]
         readers, writers, syncer = pools
+        if self.shards:
+            self.shards.start(todo)
         try:
             raws = ahead(lambda unit: read_unit(self.plan.source, unit), todo, readers, self.jobs)
             derived = evaluate(raws, self.plan, streams(self.jobs))
@@ -116,6 +124,8 @@ class _Run:
             self.start_sync(syncer)
             self.end_sync()
         finally:
+            if self.shards:
+                self.shards.close()  # or a reader would wait for a shard that nobody wants
             for pool in pools:
                 pool.shutdown(cancel_futures=True)
 
@@ -134,6 +144,10 @@ class _Run:
         is_due = time.monotonic() - self.sync_s > SYNC_SECONDS or self.bytes_since_sync > SYNC_BYTES
         if is_due and not self.sync:
             self.start_sync(syncer)
+        if self.shards and (finished := self.shards.finish(unit)):
+            self.start_sync(syncer)
+            self.end_sync()  # at once: the disk may have no room for the next shard
+            self.shards.discard(finished)
 
     def start_sync(self, syncer: ThreadPoolExecutor) -> None:
         """Bring the files to the disk in the background; the journal may claim it afterwards."""

@@ -11,7 +11,7 @@ from convert.layout import holds_mtp, mtp_prefix
 from convert.metadata import write_json
 from convert.plan import MTP_FILE, Plan, build, quantization_config
 from convert.recipe import RECIPES
-from convert.source import Source, open_folder
+from convert.source import Source
 from mlx_dsv3.config import ModelArgs, read_config
 from mlx_dsv3.errors import UserError
 
@@ -27,15 +27,9 @@ SAME_MODEL = (
 )
 
 
-def open_mtp_source(folder: Path) -> Source:
-    """Open a checkpoint as far as its MTP layer; the other shards may be missing."""
-    args = ModelArgs.from_dict(read_config(folder))
-    source = open_folder(folder, mtp_prefix(args))
-    if not holds_mtp(source):
-        raise UserError(
-            f"`{folder}` holds no MTP layer", "take the original checkpoint from the hub"
-        )
-    return source
+def mtp_prefix_of(config: dict) -> str:
+    """Return how the names of a checkpoint's MTP layer begin; only its shards are needed."""
+    return mtp_prefix(ModelArgs.from_dict(config))
 
 
 def plan_sidecar(source: Source, folder: Path) -> Plan:
@@ -43,6 +37,8 @@ def plan_sidecar(source: Source, folder: Path) -> Plan:
 
     Raises `UserError` for a folder that is no MLX folder of this model, or has the layer already.
     """
+    if not holds_mtp(source):
+        raise UserError("the source holds no MTP layer", "take the original checkpoint")
     config = read_config(folder)
     receiver = ModelArgs.from_dict(config)
     for name in SAME_MODEL:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,8 +113,11 @@ def read_bytes(path: Path, start: int, nbytes: int) -> bytearray:
     return buffer
 
 
-def read_index(index: dict, name: str) -> dict[str, list[str]]:
-    """Return shard -> tensor names from the dictionary of an index file."""
+def read_index(index: dict, name: str, prefix: str = "") -> dict[str, list[str]]:
+    """Return shard -> tensor names from the dictionary of an index file.
+
+    With `prefix`, only the shards that hold tensors of such names are returned.
+    """
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"`{name}` has no `weight_map`", AGAIN)
@@ -124,7 +128,11 @@ def read_index(index: dict, name: str) -> dict[str, list[str]]:
                 f"`{name}` puts `{tensor}` into `{shard}`, which is no file name", AGAIN
             )
         shards.setdefault(shard, []).append(tensor)
-    return dict(sorted(shards.items()))
+    return {
+        shard: names
+        for shard, names in sorted(shards.items())
+        if any(name.startswith(prefix) for name in names)
+    }
 
 
 class Source:
@@ -133,7 +141,8 @@ class Source:
     def __init__(self, folder: Path, config: dict, headers: dict[str, tuple[bytes, int]]):
         """Take config.json and shard -> (header, bytes of the file)."""
         self.folder = folder
-        self.config = config
+        self.path_of: Callable[[str], Path] = lambda shard: folder / shard
+        self.config, self.headers = config, headers
         self.args = ModelArgs.from_dict(config)
         self.block = block_size(config)
         self.repo_id = self.revision = None
@@ -164,7 +173,7 @@ class Source:
         if rows:
             row_bytes = nbytes // tensor.shape[0]
             start, nbytes = start + rows[0] * row_bytes, (rows[1] - rows[0]) * row_bytes
-        return read_bytes(self.folder / tensor.shard, start, nbytes)
+        return read_bytes(self.path_of(tensor.shard), start, nbytes)
 
 
 def block_size(config: dict) -> tuple[int, int]:
@@ -191,22 +200,22 @@ def block_size(config: dict) -> tuple[int, int]:
     return (block[0], block[1])
 
 
-def open_folder(folder: Path, prefix: str = "") -> Source:
+def refuse_config(config: dict) -> None:
+    """Refuse what does not convert before any shard is looked at."""
+    ModelArgs.from_dict(config)
+    block_size(config)
+
+
+def open_folder(folder: Path, prefix: Callable[[dict], str] = lambda _: "") -> Source:
     """Open a local checkpoint; raise `UserError` for whatever is missing or damaged.
 
-    With `prefix`, only the shards that hold tensors of such names are looked at.
+    `prefix` names, for a config.json, the tensors that matter; other shards are left alone.
     """
     config = read_config(folder)
-    ModelArgs.from_dict(config)  # what we do not run is refused before files are looked at
-    block_size(config)
+    refuse_config(config)
     index_file = folder / INDEX_FILE
     if index_file.is_file():
-        shards = read_index(read_json(index_file), INDEX_FILE)
-        shards = {
-            shard: names
-            for shard, names in shards.items()
-            if any(name.startswith(prefix) for name in names)
-        }
+        shards = read_index(read_json(index_file), INDEX_FILE, prefix(config))
     elif (folder / SINGLE_FILE).is_file():
         shards = {SINGLE_FILE: None}
     else:

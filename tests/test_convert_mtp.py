@@ -82,7 +82,7 @@ def test_refusals(folders, peer, tmp_path, capsys):
         (other, peer, "is another model: its `hidden_size` is 192, the source's is 64"),
         (peer, peer, "already an MLX folder"),
         (hub, hub, "is a checkpoint, not an MLX folder"),
-        (strip_mtp(hub, tmp_path / "stripped"), peer, "holds no MTP layer"),
+        (strip_mtp(hub, tmp_path / "stripped"), peer, "the source holds no MTP layer"),
         (hub, tmp_path / "nowhere", "is no folder"),
     ):
         assert add_mtp(source, dest) == 2
