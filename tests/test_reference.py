@@ -126,6 +126,20 @@ def test_float64_is_float64_throughout():
     assert 0 < relative_error(scaled(ids)[0], logits) < 1e-10
 
 
+@pytest.mark.parametrize("dtype, error", [(torch.float64, 1e-13), (torch.float32, 2**-24)])
+def test_rotation_is_exact_in_its_dtype(dtype, error):
+    """Angles of a float64 model in float32: at position 8,000 that is 5e-4 rad, not 1e-12."""
+    args, start = reference.Args.from_dict(tiny.C), 8000
+    x = torch.randn(3, args.qk_rope_head_dim, dtype=dtype)
+    actual = reference.apply_rope(x, *reference.rotation(args, start, 3, x)).double()
+    positions = torch.arange(start, start + 3, dtype=torch.float64)
+    turn = torch.exp(1j * torch.outer(positions, reference.rope_frequencies(args))) * 1.0857264
+    turned = torch.view_as_real(torch.view_as_complex(x.double().unflatten(-1, (-1, 2))) * turn)
+    factor = turned.flatten(-2).norm() / actual.norm()  # 1.0857264 has eight digits
+    assert factor == pytest.approx(1, rel=1e-6)
+    assert (actual * factor - turned.flatten(-2)).abs().max() < 4 * (start + 3) * error
+
+
 # --- FP8 blocks -----------------------------------------------------------------------------
 
 
