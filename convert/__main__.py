@@ -18,7 +18,7 @@ from convert.plan import Plan, build
 from convert.progress import Progress, choose_style, size
 from convert.report import plan_record, print_errors, print_plan
 from convert.run import run
-from convert.shards import Shards, disk_peak
+from convert.shards import DEFAULT_JOBS, Shards, disk_peak
 from convert.sidecar import mtp_prefix_of, plan_sidecar, write_config
 from convert.source import Source, open_folder
 from mlx_dsv3.errors import UserError, run_main
@@ -39,8 +39,9 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--revision", help="with a hub id: branch, tag or commit")
     for command in (convert, check, mtp):
         command.add_argument("dest", metavar="DEST", type=Path, help="folder of the result")
-        # Each job holds about 0.3 GB at V3's shapes; two keep a disk and two cores busy.
-        command.add_argument("--jobs", type=int, default=2, help="threads for each stage")
+        command.add_argument(
+            "--jobs", type=int, default=DEFAULT_JOBS, help="threads for each stage (%(default)s)"
+        )
     for command in (plan, convert):
         command.add_argument("--recipe", help=f"{', '.join(recipes.RECIPES)}, or a JSON file")
         command.add_argument("--q-bits", type=int)
@@ -88,11 +89,11 @@ def make_plan(args: argparse.Namespace) -> tuple[Plan, Repo | None]:
 
 def plan_command(args: argparse.Namespace) -> None:
     """Print what `run` would do."""
-    plan, _ = make_plan(args)
+    plan, repo = make_plan(args)
     if args.json:
         print(json.dumps(plan_record(plan)))
     else:
-        print_plan(plan)
+        print_plan(plan, is_on_hub=repo is not None)
 
 
 def run_command(args: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from rich.table import Table
 from convert.fp8 import dequantize_blocks
 from convert.plan import Plan
 from convert.progress import size
+from convert.shards import DEFAULT_JOBS, disk_peak
 from convert.summary import role_rows
 
 CACHE_DTYPE_BYTES = 2
@@ -27,7 +28,7 @@ def compact_table(*columns: str) -> Table:
     return table
 
 
-def print_plan(plan: Plan) -> None:
+def print_plan(plan: Plan, is_on_hub: bool) -> None:
     """Print the table of roles, the totals, and what the result needs to run."""
     table = compact_table("role", "tensors", "source", "stored as", "in", "out", "bits")
     for row in role_rows(plan):
@@ -45,8 +46,8 @@ def print_plan(plan: Plan) -> None:
     print(
         f"\nsource  {len(source.tensors):,} tensors in {len(source.shard_bytes):,} shards, "
         f"{size(source.nbytes)}; {'with' if plan.with_mtp else 'without'} MTP layer\n"
-        f"result  {len(plan.files):,} files, {size(plan.nbytes)} with `{plan.recipe.name}`; "
-        f"this much free disk is needed\n"
+        f"result  {len(plan.files):,} files, {size(plan.nbytes)} with `{plan.recipe.name}`\n"
+        f"disk    {disk_needs(plan, is_on_hub)}\n"
         f"memory  {size(memory['resident_bytes'])} to run resident; "
         f"from {size(memory['streamed_bytes'])} streamed, "
         f"{size(memory['quarter_bytes'])} with a quarter of the experts in memory;\n"
@@ -54,6 +55,14 @@ def print_plan(plan: Plan) -> None:
         f"time    about {minutes_of_arithmetic(plan):.0f} min of arithmetic on one stream here, "
         f"if the disk keeps up"
     )
+
+
+def disk_needs(plan: Plan, is_on_hub: bool) -> str:
+    """Say how much free disk the conversion takes."""
+    if not is_on_hub:
+        return size(plan.nbytes)
+    both, peak = plan.source.nbytes + plan.nbytes, disk_peak(plan, DEFAULT_JOBS)
+    return f"{size(both)} with the source, at most {size(peak)} with `--discard-source`"
 
 
 def memory_needs(plan: Plan) -> dict[str, int]:

@@ -5,10 +5,14 @@ one stream for each job where MLX runs on the CPU and on one stream on a GPU; wr
 and write. A few units are in memory at any moment, whatever the size of the model.
 """
 
+import os
+import subprocess
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
@@ -26,7 +30,8 @@ from convert.plan import Plan, Unit
 from convert.progress import Progress
 from convert.shards import Shards
 from convert.transform import Derived, Raw, derive, read_unit
-from convert.writer import Writer, explain, flush_file, sync_folder
+from convert.writer import Writer, flush_file, is_full_disk, sync_folder
+from mlx_dsv3.errors import UserError
 
 SYNC_BYTES = 1 << 30
 SYNC_SECONDS = 10.0
@@ -59,15 +64,34 @@ def run(
     }
     try:
         destination.open(head)
-        _Run(plan, destination, jobs, progress, shards).finish(head, small_files)
+        with awake():
+            _Run(plan, destination, jobs, progress, shards).finish(head, small_files)
     except OSError as error:
-        raise explain(error, destination.folder) from error
+        if is_full_disk(error):
+            raise UserError(
+                f"the disk of `{destination.folder}` is full; nothing that was converted is lost",
+                "free some space and repeat the same command to go on",
+            ) from error
+        raise
     except KeyboardInterrupt:
         progress.note("stopped; repeat the same command to go on")
         raise
     finally:
         progress.stop()
         destination.close()
+
+
+@contextmanager
+def awake() -> Iterator[None]:
+    """Keep a Mac from going to sleep for the time, by the system's own `caffeinate`."""
+    if sys.platform != "darwin":
+        yield
+        return
+    with subprocess.Popen(["caffeinate", "-i", "-w", str(os.getpid())]) as keeper:
+        try:
+            yield
+        finally:
+            keeper.terminate()
 
 
 class _Run:
@@ -137,7 +161,7 @@ class _Run:
         """Enter a written unit into the journal, and sync now and then."""
         errors = [None if output.errors is None else output.errors.tolist() for output in outputs]
         self.journal.add(unit.index, Done(sha256, errors))
-        self.progress.advance(unit.nbytes, unit.file)
+        self.progress.advance(unit.nbytes, unit.file or "MTP copies")
         self.bytes_since_sync += unit.nbytes
         if self.sync and self.sync.done():
             self.end_sync()

@@ -13,8 +13,10 @@ from pathlib import Path
 
 from convert.plan import Plan, Unit, shards_of
 
+DEFAULT_JOBS = 2  # each holds about 0.3 GB at V3's shapes; two keep a disk and two cores busy
 AHEAD = 2
 WORKERS = 2
+SMALL_BYTES = 32 << 20  # journal, index, tokenizer
 
 
 class Shards:
@@ -126,4 +128,4 @@ def disk_peak(plan: Plan, jobs: int) -> int:
         present += order[fetched : fetched + AHEAD]
         written += unit.nbytes
         peak = max(peak, written + sum(size[shard] for shard in present))
-    return peak
+    return peak + SMALL_BYTES

@@ -13,7 +13,6 @@ from pathlib import Path
 from threading import Lock
 
 from convert.plan import OutputFile, Unit
-from mlx_dsv3.errors import UserError
 
 
 def flush(descriptor: int) -> None:
@@ -46,14 +45,8 @@ def sync_folder(folder: Path) -> None:
     flush_file(folder)
 
 
-def explain(error: OSError, folder: Path) -> UserError | OSError:
-    """Turn a full disk into words; return any other failure as it is."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return error
-    return UserError(
-        f"the disk of `{folder}` is full; nothing that was converted is lost",
-        "free some space and repeat the same command to go on",
-    )
+def is_full_disk(error: OSError) -> bool:
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 class Writer:
