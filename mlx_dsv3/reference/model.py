@@ -342,17 +342,21 @@ class MTPLayer(DecoderLayer):
         return self.shared_head.norm(super().forward(self.pairs(embedding, g), cache))
 
 
+def make_layer(args: Args, i: int) -> DecoderLayer:
+    """Return layer i of the checkpoint, untrained; those after the decoder's are MTP modules."""
+    if i >= args.num_hidden_layers:
+        return MTPLayer(args)
+    is_moe = i >= args.first_k_dense_replace and i % args.moe_layer_freq == 0
+    return DecoderLayer(args, is_moe)
+
+
 class Decoder(nn.Module):
     def __init__(self, args: Args):
         super().__init__()
         self.args = args
         self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
-        layers = [
-            DecoderLayer(args, i >= args.first_k_dense_replace and i % args.moe_layer_freq == 0)
-            for i in range(args.num_hidden_layers)
-        ]
-        layers += [MTPLayer(args) for _ in range(args.num_nextn_predict_layers)]
-        self.layers = nn.ModuleList(layers)
+        num_layers = args.num_hidden_layers + args.num_nextn_predict_layers
+        self.layers = nn.ModuleList(make_layer(args, i) for i in range(num_layers))
         self.norm = RMSNorm(args.hidden_size, args.rms_norm_eps)
 
 

@@ -1,0 +1,151 @@
+"""The golden file: what a recording keeps of each prompt, by tensor name, in one safetensors file.
+
+    {p}.ids                           (L,) int32; p counts prompts from 0
+    {p}.positions                     (P,) int32: where states are kept
+    {p}.embedding, {p}.norm           (P, D): before layer 0; after the final norm (g)
+    {p}.layers.{i}.attention, .mlp    (P, D): residual state after each half of layer i
+    {p}.layers.{i}.experts, .margins  (L, K) int16 ascending, (L,) float32: the router, everywhere
+    {p}.logprobs                      (L - 1,): of token j + 1 given 0..j
+    {p}.logsumexp, .top_ids, .top_logprobs   (L,), (L, 20), (L, 20)
+    {p}.mtp.*                         the same of the MTP module, for its L - 1 pairs; `.input` is
+                                      what its block reads and `.norm` what the head reads
+
+States have the dtype of the arithmetic, statistics are float32. Everything that says where the
+numbers come from is in the metadata. While recording, each layer is a file of its own.
+"""
+
+import json
+import os
+import shutil
+import struct
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mlx_dsv3.reference.stream import HeadStatistics, LayerStates
+from mlx_dsv3.reference.weights import DTYPES, read_header
+
+FORMAT = 1
+COPY_BYTES = 64 << 20
+
+
+def sample_positions(length: int, count: int | None) -> Tensor:
+    """Return up to `count` positions from first to last, evenly spread; None means all."""
+    if count is None or count >= length:
+        return torch.arange(length)
+    return torch.linspace(0, length - 1, count).round().long()
+
+
+def state_entries(name: str, states: list[Tensor], positions: list[Tensor]) -> dict[str, Tensor]:
+    """Return `{p}.{name}` for states (L, D) of each prompt, at its positions."""
+    entries = {}
+    for p, (h, at) in enumerate(zip(states, positions, strict=True)):
+        at = at[at < len(h)]  # an MTP module has one pair less than there are positions
+        entries[f"{p}.{name}"] = h[at.to(h.device)].cpu().contiguous()
+    return entries
+
+
+def layer_entries(name: str, layer: LayerStates, positions: list[Tensor]) -> dict[str, Tensor]:
+    """Return the entries of one layer, under `layers.{i}` or `mtp`."""
+    entries = state_entries(f"{name}.attention", layer.attention, positions)
+    entries |= state_entries(f"{name}.mlp", layer.mlp, positions)
+    for p, (experts, margins) in enumerate(zip(layer.experts, layer.margins, strict=True)):
+        entries[f"{p}.{name}.experts"] = experts.to("cpu", torch.int16)
+        entries[f"{p}.{name}.margins"] = margins.to("cpu", torch.float32)
+    return entries
+
+
+def head_entries(prefix: str, head: HeadStatistics, num_targets: int) -> dict[str, Tensor]:
+    """Return the entries of one prompt's logits; the first `num_targets` rows have a target."""
+    logprobs = head.target_logits - head.logsumexp
+    entries = {
+        "logprobs": logprobs[:num_targets],
+        "logsumexp": head.logsumexp,
+        "top_ids": head.top_ids.int(),
+        "top_logprobs": head.top_logits - head.logsumexp[:, None],
+    }
+    return {prefix + name: value.cpu().contiguous() for name, value in entries.items()}
+
+
+def save_atomically(entries: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file that is either whole or absent."""
+    partial = path.with_name(path.name + ".tmp")
+    save_file(entries, partial, metadata)
+    os.replace(partial, path)
+
+
+def join_files(parts: list[Path], out: Path, metadata: dict[str, str]) -> None:
+    """Copy the tensors of several files into one, without holding them in memory."""
+    words = {dtype: word for word, dtype in DTYPES.items()}
+    header, entries, end = {"__metadata__": metadata}, [], 0
+    for path in parts:
+        for name, entry in sorted(read_header(path)[1].items(), key=lambda item: item[1].start):
+            place = [end, end + entry.nbytes]
+            header[name] = {
+                "dtype": words[entry.dtype],
+                "shape": entry.shape,
+                "data_offsets": place,
+            }
+            entries.append(entry)
+            end += entry.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    partial = out.with_name(out.name + ".tmp")
+    with open(partial, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for entry in entries:
+            with open(entry.path, "rb") as source:
+                source.seek(entry.start)
+                copy_bytes(source, file, entry.nbytes)
+    os.replace(partial, out)
+
+
+def copy_bytes(source, target, nbytes: int) -> None:
+    while nbytes:
+        chunk = source.read(min(nbytes, COPY_BYTES))
+        target.write(chunk)
+        nbytes -= len(chunk)
+
+
+class WorkFolder:
+    """`GOLDEN.partial`: settings, one file for each finished layer, and the latest states.
+
+    A layer's file is renamed into place before the states that follow it, so what is found after
+    an interruption is always a state and every layer before it.
+    """
+
+    def __init__(self, golden: Path):
+        self.path = golden.with_name(golden.name + ".partial")
+
+    def begin(self, settings: dict) -> dict | None:
+        """Return None for a new recording or one of these settings, else the settings found."""
+        file = self.path / "settings.json"
+        if not file.is_file():
+            self.path.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return None if found == settings else found
+
+    def save(self, step: int, entries: dict[str, Tensor], states: dict[str, Tensor]) -> None:
+        """Keep what step `step` recorded, and the states that step + 1 needs."""
+        save_atomically(entries, self.path / f"step-{step:05d}.safetensors", {"format": "pt"})
+        whole = {name: state.cpu().contiguous() for name, state in states.items()}
+        save_atomically(whole, self.path / "states.safetensors", {"next": str(step + 1)})
+
+    def resume(self) -> tuple[int, dict[str, Tensor]]:
+        """Return the next step and its states; step 0 has none."""
+        file = self.path / "states.safetensors"
+        if not file.is_file():
+            return 0, {}
+        with safe_open(file, "pt") as states:
+            step = int(states.metadata()["next"])
+            return step, {name: states.get_tensor(name) for name in states.keys()}
+
+    def steps(self) -> list[Path]:
+        return sorted(self.path.glob("step-*.safetensors"))
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path)
