@@ -15,12 +15,15 @@ from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.expert_files import EXPERT_KEY, FLOAT_BYTES, PROJECTIONS, LayerExperts
 from mlx_dsv3.headers import TensorInfo
-from mlx_dsv3.mla import EXPANDED_BYTES, SCORE_BYTES
+from mlx_dsv3.mla import ABSORBED_MAX_QUERIES, SCORE_BYTES
 
 GB = 10**9
 # MLX's Metal allocator changes its behaviour when 95 % of the recommended working set is active.
 USABLE_SHARE = 0.92
 BUFFER_CACHE_BYTES = 1 << 30  # freed buffers that MLX may keep on a GPU
+# Reader threads, headers of the experts, MLX's own buffers (its CPU backend keeps 32 MB of freed
+# ones): 50-60 MB measured with 960 experts on the CPU backend (bench_experts.py memory).
+OVERHEAD_BYTES = 64 << 20
 PREFILL_CHUNK = 2048
 DEFAULT_CONTEXT = 32768
 MODES = ("auto", "resident", "streamed")
@@ -70,7 +73,7 @@ class MemoryPlan:
             ("trunk", self.trunk_bytes, "everything but routed experts"),
             ("MTP module", self.mtp_bytes, "without its experts"),
             ("latent cache", self.cache_bytes, f"{self.context:,} tokens"),
-            ("transients", self.transient_bytes, f"a chunk of {PREFILL_CHUNK:,} tokens"),
+            ("transients", self.transient_bytes, f"a chunk of {PREFILL_CHUNK:,} tokens, buffers"),
             ("experts", self.expert_bytes, f"{kind}: {count} of {self.num_experts} a layer"),
         ]
 
@@ -108,9 +111,9 @@ def slot_bytes(layer: int, tensors: dict[str, TensorInfo], args: ModelArgs, dtyp
     )
 
 
-def transient_bytes(args: ModelArgs, dtype: mx.Dtype) -> int:
+def transient_bytes(args: ModelArgs, dtype: mx.Dtype, context: int) -> int:
     """Estimate what one layer of a prefill chunk takes beside weights and cache."""
-    tokens, D, F = PREFILL_CHUNK, args.hidden_size, args.moe_intermediate_size
+    tokens, D, F = min(PREFILL_CHUNK, context), args.hidden_size, args.moe_intermediate_size
     K, H = args.num_experts_per_tok, args.num_attention_heads
     heads = H * (args.qk_nope_head_dim + args.qk_rope_head_dim + args.v_head_dim)
     experts = tokens * K * (2 * D + 3 * F)  # rows, gate and up, their product, output
@@ -143,12 +146,16 @@ def make_plan(
     mtp_bytes = sum(nbytes for name, nbytes in held.items() if name.startswith(mtp_prefix))
     layers = [i for i in range(args.num_hidden_layers + has_mtp) if args.is_moe_layer(i)]
     row_bytes = (args.kv_lora_rank + args.qk_rope_head_dim) * dtype.size
-    extra = SCORE_BYTES + 2 * EXPANDED_BYTES + BUFFER_CACHE_BYTES if mx.metal.is_available() else 0
+    extra = OVERHEAD_BYTES
+    if context > ABSORBED_MAX_QUERIES:
+        extra += min(SCORE_BYTES, 12 * args.num_attention_heads * context * PREFILL_CHUNK)
+    if mx.metal.is_available():
+        extra += BUFFER_CACHE_BYTES
     fixed = {
         "trunk_bytes": sum(held.values()) - mtp_bytes,
         "mtp_bytes": mtp_bytes,
         "cache_bytes": row_bytes * context * (args.num_hidden_layers + has_mtp),
-        "transient_bytes": transient_bytes(args, dtype) + extra,
+        "transient_bytes": transient_bytes(args, dtype, context) + extra,
     }
     sizes = {layer: slot_bytes(layer, tensors, args, dtype) for layer in layers}
     room = limit - sum(fixed.values())

@@ -150,9 +150,10 @@ class MLA(nn.Module):
         q = q.reshape(B, L, self.num_heads, -1).swapaxes(1, 2)  # (B, H, L, N + R)
         q_nope, q_pe = mx.split(q, [self.nope_dims], axis=-1)
         latent, k_pe = mx.split(row, [row.shape[-1] - self.rope_dims], axis=-1)
-        k_pe = self.rope(k_pe[:, None], offset)[:, 0]  # one rope key serves every head
-        row = mx.concatenate([self.kv_a_layernorm(latent), k_pe], axis=-1)
-        return q_nope, self.rope(q_pe, offset), row
+        # One rope key serves every head; it is turned together with theirs, as one more head.
+        pe = self.rope(mx.concatenate([q_pe, k_pe[:, None]], axis=1), offset)  # (B, H + 1, L, R)
+        row = mx.concatenate([self.kv_a_layernorm(latent), pe[:, -1]], axis=-1)
+        return q_nope, pe[:, :-1], row
 
     def extend(self, x: mx.array, cache) -> None:
         """Append the rows of x (B, L, D) to the cache; attend from nowhere."""

@@ -51,11 +51,12 @@ class Gate(nn.Module):
         self.args = args
         self.weight = mx.zeros((args.n_routed_experts, args.hidden_size))
         self.e_score_correction_bias = mx.zeros((args.n_routed_experts,))
+        self.route = mx.compile(lambda logits, bias: route(logits, bias, self.args))
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Return expert ids and weights, each (..., K), for x (..., D)."""
         logits = x.astype(mx.float32) @ self.weight.T
-        return route(logits, self.e_score_correction_bias, self.args)
+        return self.route(logits, self.e_score_correction_bias)
 
 
 class MLP(nn.Module):

@@ -1,0 +1,308 @@
+"""Streamed experts: read bandwidth, overlap, prefill, memory, and replacement policies.
+
+    python benchmarks/bench_experts.py [--folder DIR] [reads overlap prefill memory]
+    python benchmarks/bench_experts.py --replay TRACE [--slots N ...]
+
+reads     one MoE layer at true V3 shapes, 4 bits: GB/s of the store over GB/s of bare parallel
+          reads of the same byte ranges, cold cache, alternating; records and stacked
+overlap   reads slowed on purpose: a step should take max(compute, read), not the sum
+prefill   512 tokens at a quarter of the slots: reads by layer, and time beside one by one
+memory    growth of resident memory beside what the plan promised, for three budgets
+--replay  hit rates of policies at several capacities on a trace written by chat.py --trace
+
+Prints conditions, tables, and one JSON line last. `reads` needs 13 GB of disk.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import queue
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from policies import replay
+from synthetic import BASE, drop_from_page_cache, write_folder
+
+from mlx_dsv3 import expert_store, moe
+from mlx_dsv3.expert_store import NUM_READERS, ExpertStore
+from mlx_dsv3.load import load_model, open_folder, plan_memory
+
+V3_LAYER = BASE | {
+    "vocab_size": 1024,
+    "hidden_size": 7168,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 2,
+    "q_lora_rank": 128,
+    "kv_lora_rank": 128,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "num_nextn_predict_layers": 0,
+}
+MID = BASE | {"num_hidden_layers": 15, "moe_intermediate_size": 640}
+SLOTS = 32
+STEPS, MISSES = 10, 8  # a trial: steps that each miss so many experts
+
+
+def read_bare(requests, fds, buffers, num_threads: int) -> None:
+    """Read requests into buffers of their own with threads and nothing else."""
+    jobs: queue.SimpleQueue = queue.SimpleQueue()
+    for job in enumerate(requests):
+        jobs.put(job)
+
+    def work():
+        while True:
+            try:
+                i, request = jobs.get_nowait()
+            except queue.Empty:
+                return
+            view = memoryview(buffers[i])[: request.nbytes]
+            done = 0
+            while done < request.nbytes:
+                done += os.preadv(fds[request.path], [view[done:]], request.offset + done)
+
+    threads = [threading.Thread(target=work) for _ in range(num_threads)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def bench_reads(root: Path, dtype: mx.Dtype = mx.bfloat16, trials: int = 7) -> list[dict]:
+    """Compare the store with bare reads on cold files, in turn, by arrangement."""
+    rows = []
+    for layout in ("records", "stacked"):
+        folder = root / f"v3-layer-{layout}"
+        if not folder.is_dir():
+            write_folder(folder, V3_LAYER, layout=layout)
+        opened = open_folder(folder)
+        store = ExpertStore(opened.every, opened.args, dtype, {1: SLOTS})
+        bank = store.open_layer(1)
+        buffers = [bytearray(16 << 20) for _ in range(9 * MISSES)]
+        fds = {path: os.open(path, os.O_RDONLY) for path in folder.glob("*.safetensors")}
+        rng, ratios, speeds = np.random.default_rng(0), [], []
+        for trial in range(trials):
+            chosen = rng.permutation(256)[: STEPS * MISSES].reshape(STEPS, MISSES)
+            nbytes = sum(r.nbytes for e in chosen.flat for r in bank.requests[e])
+            seconds = {}
+            for kind in ("store", "bare") if trial % 2 else ("bare", "store"):
+                drop_from_page_cache(folder)
+                bank.forget(bank.expert_in[bank.expert_in != -1])
+                start = time.perf_counter()
+                for experts in chosen:
+                    if kind == "store":
+                        bank.begin(experts.astype(np.int32)).wait()
+                    else:
+                        requests = [r for e in experts for r in bank.requests[e]]
+                        read_bare(requests, fds, buffers, NUM_READERS)
+                seconds[kind] = time.perf_counter() - start
+            ratios.append(seconds["bare"] / seconds["store"])
+            speeds.append(nbytes / seconds["store"] / 1e9)
+        store.close()
+        for fd in fds.values():
+            os.close(fd)
+        row = {"layout": layout, "dtype": str(dtype), "GB/s": statistics.median(speeds)}
+        row |= {"ratio": statistics.median(ratios), "ratios": [round(r, 3) for r in ratios]}
+        rows.append(row)
+        print(
+            f"reads  {layout:<8} {row['dtype'].removeprefix('mlx.core.'):<9}"
+            f"{row['GB/s']:.2f} GB/s, {row['ratio']:.3f} of bare reads {row['ratios']}"
+        )
+    return rows
+
+
+def slowed(read, delay_s: float):
+    """Return a reader that takes `delay_s` longer for each request, side by side."""
+
+    def slow(*job):
+        time.sleep(delay_s)
+        read(*job)
+
+    return slow
+
+
+def throttled(read, bytes_per_s: float):
+    """Return a reader behind one disk of the given bandwidth."""
+    disk = threading.Lock()
+
+    def slow(bank, request, slot):
+        with disk:
+            time.sleep(request.nbytes / bytes_per_s)
+        read(bank, request, slot)
+
+    return slow
+
+
+def bench_overlap(root: Path) -> list[dict]:
+    """Slow every read and compare a step's time with max(compute, read) and with the sum."""
+    folder = root / "v3-layer-records"
+    if not folder.is_dir():
+        write_folder(folder, V3_LAYER)
+    opened = open_folder(folder)
+    store = ExpertStore(opened.every, opened.args, mx.float32, {1: SLOTS})
+    bank = store.open_layer(1)
+    x = mx.random.normal((2, 7168), key=mx.random.key(0))
+    read = store._read
+    hits = np.arange(12, dtype=np.int32)
+    rows = []
+
+    def step(experts: np.ndarray) -> float:
+        start = time.perf_counter()
+        mx.eval(moe.routed_streamed(bank, x, experts.reshape(2, 8)))
+        return time.perf_counter() - start
+
+    def resident(experts: np.ndarray) -> float:
+        bank.begin(np.unique(experts)).wait()
+        return statistics.median(step(experts) for _ in range(5))
+
+    hit_s = resident(np.concatenate([hits, hits[:4]]))  # 16 rows, all there
+    for delay_s in (0.25 * hit_s, hit_s, 2 * hit_s):
+        times = []
+        for trial in range(5):
+            missing = np.arange(20 + 4 * trial, 24 + 4 * trial, dtype=np.int32)
+            experts = np.concatenate([hits, missing])  # 12 rows there, 4 to read
+            bank.begin(hits).wait()
+
+            store._read = slowed(read, delay_s)
+            times.append(step(experts))
+            store._read = read
+        per_row = hit_s / 16
+        hits_s, misses_s = 12 * per_row, 4 * per_row
+        predicted = max(hits_s, delay_s) + misses_s
+        row = {"read_s": delay_s, "step_s": statistics.median(times), "predicted_s": predicted}
+        row |= {"sum_s": hits_s + delay_s + misses_s, "over": row["step_s"] / predicted}
+        rows.append(row)
+        print(
+            f"overlap  read {delay_s * 1e3:.0f} ms: step {row['step_s'] * 1e3:.0f} ms, predicted "
+            f"{predicted * 1e3:.0f} ({row['over']:.2f}), the sum {row['sum_s'] * 1e3:.0f}"
+        )
+    store.close()
+    return rows
+
+
+def load_with_slots(folder: Path, share: float):
+    plan = plan_memory(folder)
+    slots = {layer: max(6, int(plan.num_experts * share)) for layer in plan.slots}
+    return load_model(folder, plan=dataclasses.replace(plan, slots=slots))
+
+
+def bench_prefill(root: Path) -> list[dict]:
+    """Time 512 tokens at a quarter of the slots, in one chunk and (64 of them) one by one.
+
+    MLX's CPU backend computes quantised products row by row, so a chunk saves nothing there but
+    reads. The second row gives the disk a speed that makes reading dear, as it is beside a GPU:
+    reading an expert takes as long as computing 30 rows of it (a Mac's ratio is above 100).
+    """
+    folder, rows = root / "small", []
+    if not folder.is_dir():
+        write_folder(folder, BASE | {"num_hidden_layers": 4, "hidden_size": 512})
+    model, _, store, args, _ = load_with_slots(folder, 0.25)
+    ids = mx.array(np.random.default_rng(0).integers(0, args.vocab_size, (1, 512)))
+    read, bank = store._read, store.banks[1]
+    expert_bytes = sum(request.nbytes for request in bank.requests[0])
+    x = mx.random.normal((64, 512))
+    start = time.perf_counter()
+    mx.eval(moe.routed_streamed(bank, x, np.zeros((64, 1), np.int32)))
+    row_s = (time.perf_counter() - start) / 64
+    for speed in (None, expert_bytes / (30 * row_s)):
+        store._read = read if speed is None else throttled(read, speed)
+        for bank in store.banks.values():
+            bank.forget(bank.expert_in[bank.expert_in != -1])
+        before = {layer: dataclasses.replace(b.counters) for layer, b in store.banks.items()}
+        start = time.perf_counter()
+        mx.eval(model.hidden(ids, model.make_cache()))
+        chunk_s = time.perf_counter() - start
+        most = max(b.counters.misses - before[i].misses for i, b in store.banks.items())
+        cache, start = model.make_cache(), time.perf_counter()
+        for i in range(64):
+            mx.eval(model.hidden(ids[:, i : i + 1], cache))
+        single_s = (time.perf_counter() - start) * 8
+        row = {"disk_gb_s": speed and speed / 1e9, "chunk_s": chunk_s, "one_by_one_s": single_s}
+        row |= {"ratio": single_s / chunk_s, "reads_a_layer": most}
+        rows.append(row)
+        disk = "this disk" if speed is None else f"a disk of {speed / 1e6:.0f} MB/s"
+        print(
+            f"prefill  512 tokens, {disk}: {chunk_s:.1f} s in one chunk, {single_s:.1f} s one by "
+            f"one ({row['ratio']:.1f} x); reads a layer: {most} of {args.n_routed_experts} experts"
+        )
+    store.close()
+    return rows
+
+
+CHILD = """
+import sys, json, resource, mlx.core as mx
+from pathlib import Path
+import mlx_dsv3.generate, mlx_dsv3.load as load, numpy as np
+def resident():
+    return int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize()
+folder, budget, tokens = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
+mx.eval(mx.zeros((64, 64)) @ mx.zeros((64, 64)))
+before = resident()
+plan = load.plan_memory(folder, expert_memory_gb=budget, context=tokens, experts='streamed')
+model, mtp, store, args, _ = load.load_model(folder, plan=plan)
+cache = model.make_cache()
+ids = mx.array(np.random.default_rng(0).integers(0, args.vocab_size, (1, tokens)))
+mx.eval(model.hidden(ids, cache))
+print(json.dumps([resident() - before, plan.total_bytes]))
+"""
+
+
+def bench_memory(root: Path) -> list[dict]:
+    """Compare the growth of resident memory, a prefill included, with the plan's sum."""
+    folder, rows = root / "mid", []
+    if not folder.is_dir():
+        write_folder(folder, MID)
+    total = plan_memory(folder, experts="resident").resident_bytes / 1e9
+    for share in (0.25, 0.5, 0.8):
+        command = [sys.executable, "-c", CHILD, str(folder), str(share * total), "192"]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        grown, planned = json.loads(done.stdout.splitlines()[-1])
+        rows.append({"budget_gb": share * total, "grown": grown, "planned": planned})
+        print(
+            f"memory  {share * total:.2f} GB of {total:.2f} GB experts: grew {grown / 1e9:.3f} GB, "
+            f"planned {planned / 1e9:.3f} GB ({grown / planned:.3f})"
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", default=["reads", "overlap", "prefill", "memory"])
+    parser.add_argument("--folder", type=Path, help="where inputs are made and kept")
+    parser.add_argument("--replay", type=Path, metavar="TRACE")
+    parser.add_argument("--slots", type=int, nargs="+")
+    options = parser.parse_args()
+    print(
+        f"conditions: {platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
+        f"Python {platform.python_version()}, MLX {mx.__version__}, {NUM_READERS} readers, "
+        f"hits first after {moe.HITS_FIRST_AFTER_S * 1e3} ms, {expert_store.__name__}"
+    )
+    if options.replay:
+        print(json.dumps({"replay": replay(options.replay, options.slots)}))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        root = options.folder or Path(scratch)
+        root.mkdir(parents=True, exist_ok=True)
+        result = {}
+        if "reads" in options.parts:
+            result["reads"] = bench_reads(root) + bench_reads(root, mx.float32, trials=3)
+        if "overlap" in options.parts:
+            result["overlap"] = bench_overlap(root)
+        if "prefill" in options.parts:
+            result["prefill"] = bench_prefill(root)
+        if "memory" in options.parts:
+            result["memory"] = bench_memory(root)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
