@@ -1,22 +1,38 @@
 """How many drafts a step should make: decided by measured time, never by hope.
 
-Verifying drafts costs reads and arithmetic, more so at long contexts and with experts on disk.
-The gate keeps the seconds per token of plain steps and of steps with 1, 2, ... drafts, by context
-length, and uses the cheapest. What it may lose by trying is bounded: after the first trial of
-`FIRST_TRIAL` steps, a trial is made only while all time lost to trials stays below `LOSS_SHARE`
-of the time spent.
+Verifying drafts costs reads and arithmetic, more so at long contexts and with experts on disk. The
+gate measures the seconds of plain steps and of steps with 1, 2, ... drafts, by context length, and
+how often the draft at each position is accepted; it uses the number whose seconds per token are
+least. A number that was not tried yet is forecast: one draft more costs what the last one cost
+more, and is accepted as often as the one before it.
+
+What wrong guesses can cost is bounded by an account of *credit*, in plain steps: a draft step pays
+what it took beyond plain steps for its tokens, or earns what it saved, and is taken only where the
+credit covers it in vain. So beyond the first `FIRST_STEPS` steps, drafting loses at most LOSS_SHARE
+of the time and `START_CREDIT` plain steps (or `MAX_CREDIT` of those that it saved before), whatever
+was forecast. Not charged is the part of a step beyond twice what was expected: a kernel compiled
+at first use, or a disturbance of the machine, which says nothing about drafts.
 """
 
-from collections import defaultdict, deque
-from statistics import median
+from collections import deque
+from statistics import median_low
 
 MAX_DRAFTS = 4
-FIRST_TRIAL = 3  # steps with one draft before the first plain burst
+FIRST_STEPS = 2  # with one draft, before anything is known
+FIRST_PLAIN = 6  # plain steps after them
 TRIAL_STEPS = 2
-PLAIN_BURST = 16  # plain steps between decisions: they are double-buffered, one alone is not
-LOSS_SHARE = 0.015
-WINDOW = 12  # measurements kept for each number of drafts
-WIN = 0.98  # a challenger must be 2 % cheaper
+TRIAL_EVERY = 48  # steps between trials
+REFRESH_STEPS = 4  # plain steps in between, so that the comparison stays true,
+REFRESH_EVERY = 160  # after so many steps with drafts,
+REFRESH_FACTOR = 8  # or so many for each plain time known, if fewer
+LOSS_SHARE = 0.01
+START_CREDIT = 2.0
+MAX_CREDIT = 6.0
+WINDOW = 15  # times kept of each kind of step
+ENOUGH = 2  # of them before they count: the first may have compiled kernels
+FORGET = 0.96  # weight of an outcome after each later one: about the last 25 count
+EXPECTED = 0.8  # acceptance before any was seen; weighs as one outcome
+WIN = 0.98  # drafts must be 2 % cheaper than none, and another number than the current one
 
 
 class Gate:
@@ -28,74 +44,133 @@ class Gate:
 
     def __init__(self, fixed: int | None = None, max_drafts: int = MAX_DRAFTS):
         self.fixed, self.max_drafts = fixed, max_drafts
-        self.steps = defaultdict(lambda: deque(maxlen=WINDOW))  # (bucket, k) -> (s, tokens)
-        self.total_s = self.lost_s = 0.0
-        self.trial: tuple[int, int] | None = None  # (drafts, steps left)
-        self.since_trial = 0
-        self.skip_next = True  # the first step of all compiles and pages in
+        self.times: dict[tuple[int, int], deque] = {}  # (bucket, drafts) -> seconds
+        self.usual: dict[tuple[int, int], float] = {}  # their medians, once there are ENOUGH
+        self.tried = [0.0] * MAX_DRAFTS  # outcomes at each position, later ones weighing more
+        self.accepted = [0.0] * MAX_DRAFTS
+        self.credit = START_CREDIT
+        self.current = 1
+        self.trial, self.trial_left = 1, FIRST_STEPS
+        self.since_trial = self.since_plain = 0
 
     @staticmethod
     def bucket(context: int) -> int:
         """Return the power of two of the context, from 2,048 up."""
         return max(context, 1024).bit_length()
 
-    def cost(self, context: int, drafts: int) -> float | None:
-        """Return the measured seconds per token, None without measurements."""
-        steps = self.steps.get((self.bucket(context), drafts))
-        if not steps:
-            return None
-        seconds = median(s for s, _ in steps)
-        return seconds * len(steps) / sum(tokens for _, tokens in steps)
+    def step_s(self, context: int, drafts: int) -> float | None:
+        """Return the measured seconds of a step, None where it was not taken often ENOUGH.
 
-    def best(self, context: int) -> int:
-        """Return the cheapest number of drafts among the measured ones."""
-        costs = {k: self.cost(context, k) for k in range(self.max_drafts + 1)}
-        known = {k: cost * (1 if k == 0 else 1 / WIN) for k, cost in costs.items() if cost}
-        return min(known, key=known.get) if known else 1
+        At a length without measurements, those of the nearest one, scaled as plain steps were.
+        """
+        here = self.bucket(context)
+        if (here, drafts) in self.usual:
+            return self.usual[here, drafts]
+        known = [b for b, k in self.usual if k == drafts]
+        if not known:
+            return None
+        nearest = min(known, key=lambda b: abs(b - here))
+        plain, plain_there = self.usual.get((here, 0)), self.usual.get((nearest, 0))
+        scale = plain / plain_there if plain and plain_there else 1.0
+        return self.usual[nearest, drafts] * scale
+
+    def rate(self, position: int) -> float:
+        """Return how often the draft at a position is accepted, once those before it were."""
+        before = EXPECTED if position == 0 else self.rate(position - 1)
+        return (self.accepted[position] + before) / (self.tried[position] + 1)
+
+    def forecast(self, context: int) -> list[tuple[float, float]]:
+        """Return (seconds, tokens) of a step by number of drafts; times of 0 and 1 are known."""
+        chance = self.rate(0)
+        steps = [(self.step_s(context, 0), 1.0), (self.step_s(context, 1), 1.0 + chance)]
+        for k in range(2, self.max_drafts + 1):
+            (before, _), (last, tokens) = steps[-2:]
+            seconds = self.step_s(context, k) or last + max(last - before, 0.0)
+            chance *= self.rate(k - 1)
+            steps.append((seconds, tokens + chance))
+        return steps
 
     def choose(self, context: int) -> int:
         """Return how many drafts the next step should make."""
         if self.fixed is not None:
             return self.fixed
-        if self.trial and self.trial[1] > 0:
-            return self.trial[0]
-        self.trial = None
-        if self.cost(context, 1) is None:
-            self.trial = (1, FIRST_TRIAL)
-            return 1
-        if self.cost(context, 0) is None:
-            return 0
-        best = self.best(context)
-        challenger = self.challenger(context, best)
-        if challenger is not None:
-            self.trial, self.since_trial = (challenger, TRIAL_STEPS), 0
-            return challenger
+        if not self.trial_left:
+            self.begin_trial(context)
+        if self.trial_left:
+            return self.trial
+        steps = self.forecast(context)
+        costs = [seconds / tokens for seconds, tokens in steps]
+        costs[0] *= WIN
+        costs[self.current] *= WIN if self.current else 1
+        best = costs.index(min(costs))
+        if best and self.risk(steps, best) > self.credit:
+            best = 0
+        self.current = best
         return best
 
-    def challenger(self, context: int, best: int) -> int | None:
-        """Return a neighbour of the best worth trying now, None while that could cost too much."""
-        neighbours = [k for k in (best + 1, best - 1) if 0 <= k <= self.max_drafts]
-        unknown = [k for k in neighbours if self.cost(context, k) is None]
-        if self.since_trial < PLAIN_BURST:
-            return None
-        choice = (unknown or [neighbours[(self.since_trial // PLAIN_BURST) % len(neighbours)]])[0]
-        cost, known = self.cost(context, best), self.cost(context, choice)
-        # An unknown number of drafts is taken to be as dear as its steps would be in vain.
-        loss = (known - cost if known else cost) * TRIAL_STEPS * (1 + choice)
-        if self.lost_s + max(loss, 0) > LOSS_SHARE * self.total_s:
-            return None
-        return choice
+    @staticmethod
+    def risk(steps: list[tuple[float, float]], drafts: int) -> float:
+        """Return what a step loses, in plain steps, where none of its drafts is accepted.
 
-    def record(self, context: int, drafts: int, seconds: float, tokens: int) -> None:
-        """Record one step (or a plain burst's average step): its time and tokens emitted."""
-        self.total_s += seconds
-        self.since_trial += 1
-        if self.skip_next:
-            self.skip_next = False
+        Two for each draft at most: more is a disturbance, which must not deter for ever.
+        """
+        return min(max(steps[drafts][0] / steps[0][0] - 1, 0.0), 2.0 * drafts)
+
+    def begin_trial(self, context: int) -> None:
+        """Begin to measure what is due: plain steps, or a number of drafts next to the current."""
+        plain = self.times.get((self.bucket(context), 0), ())
+        if self.step_s(context, 1) is None:
+            self.trial, self.trial_left = 1, FIRST_STEPS
+        elif len(plain) < ENOUGH:
+            self.trial, self.trial_left = 0, FIRST_PLAIN
+        elif self.since_plain >= min(REFRESH_EVERY, REFRESH_FACTOR * len(plain)):
+            self.trial, self.trial_left = 0, REFRESH_STEPS
+        elif self.since_trial >= TRIAL_EVERY:
+            self.begin_neighbour(context)
+
+    def begin_neighbour(self, context: int) -> None:
+        """Begin a trial of the neighbour known least, if what it may lose was earned before.
+
+        Where plain steps win, that is what was earned since: not what drafts are started with.
+        """
+        near = [k for k in (self.current + 1, self.current - 1) if 0 < k <= self.max_drafts]
+        k = min(near, key=lambda k: len(self.times.get((self.bucket(context), k), ())))
+        reserve = 0.0 if self.current else START_CREDIT
+        if self.credit - reserve < TRIAL_STEPS * self.risk(self.forecast(context), k):
             return
-        best = self.cost(context, 0 if self.trial is None else self.best(context))
-        if self.trial and best is not None:
-            self.lost_s += max(0.0, seconds - tokens * best)
-        if self.trial:
-            self.trial = (self.trial[0], self.trial[1] - 1)
-        self.steps[self.bucket(context), drafts].append((seconds, tokens))
+        self.trial, self.trial_left = k, TRIAL_STEPS
+        if not self.current:
+            self.forget()
+
+    def forget(self) -> None:
+        """Let all outcomes so far weigh as one: the text may have become easier."""
+        for position, tried in enumerate(self.tried):
+            if tried > 1:
+                self.accepted[position] /= tried
+                self.tried[position] = 1.0
+
+    def record(self, context: int, drafts: int, seconds: float, accepted: int = 0) -> None:
+        """Record what a step took and how many of its drafts were accepted."""
+        self.since_trial = 0 if self.trial_left else self.since_trial + 1
+        self.trial_left -= self.trial_left > 0 and drafts == self.trial
+        self.since_plain = self.since_plain + 1 if drafts else 0
+        self.charge(context, drafts, seconds, accepted)
+        for position in range(min(accepted + 1, drafts)):
+            self.tried[position] = self.tried[position] * FORGET + 1
+            self.accepted[position] = self.accepted[position] * FORGET + (position < accepted)
+        key = self.bucket(context), drafts
+        times = self.times.setdefault(key, deque(maxlen=WINDOW))
+        times.append(seconds)
+        if len(times) >= ENOUGH:
+            self.usual[key] = median_low(times)
+
+    def charge(self, context: int, drafts: int, seconds: float, accepted: int) -> None:
+        """Book a step: drafts pay what they took beyond plain steps; time earns LOSS_SHARE."""
+        if self.step_s(context, 0) is None or self.step_s(context, 1) is None:
+            return
+        steps = self.forecast(context)
+        plain, expected = steps[0][0], steps[drafts][0]
+        self.credit += LOSS_SHARE * seconds / plain
+        if drafts:
+            self.credit += accepted + 1 - min(seconds, 2 * expected) / plain
+        self.credit = min(self.credit, MAX_CREDIT)

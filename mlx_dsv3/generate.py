@@ -18,7 +18,7 @@ from mlx_dsv3.gate import MAX_DRAFTS, Gate
 from mlx_dsv3.load import Loaded
 from mlx_dsv3.memory import PREFILL_CHUNK
 from mlx_dsv3.sampler import Sampler
-from mlx_dsv3.speculative import Decoder, DraftStats, decode
+from mlx_dsv3.speculative import Decoder, DraftStats, catch_up, decode
 from mlx_dsv3.state import State
 
 
@@ -101,15 +101,6 @@ def vocabulary_mask(loaded: Loaded) -> mx.array | None:
     return mx.array([0.0 if i in known else -float("inf") for i in range(loaded.args.vocab_size)])
 
 
-def extend_pairs(loaded: Loaded, state: State) -> None:
-    """Move all waiting states but the last into the MTP cache; the last one makes the draft."""
-    start, g = state.mtp_pairs, state.take_pending()
-    if g.shape[1] > 1:
-        loaded.mtp.extend(g[:, :-1], mx.array([state.ids[start + 1 :]]), state.mtp_cache)
-        mx.eval(state.mtp_cache.state)
-    state.give_back(g[:, -1:])
-
-
 def prefill(loaded: Loaded, state: State, ids: list[int]) -> int:
     """Feed all but the last of `ids`, keeping what the state shares with them; return how many."""
     state.rewind(min(common_prefix_length(state.ids, ids), len(ids) - 1))
@@ -120,7 +111,8 @@ def prefill(loaded: Loaded, state: State, ids: list[int]) -> int:
         mx.eval(g, [layer.state for layer in state.cache])
         state.commit(chunk, g)
         if state.mtp_cache is not None:
-            extend_pairs(loaded, state)
+            catch_up(loaded.mtp, state)
+            mx.eval(state.mtp_cache.keys, state.pending)
         mx.clear_cache()
     return reused
 

@@ -4,46 +4,61 @@ A step drafts k tokens with the MTP module, feeds them with the last chosen toke
 in one pass, and keeps the drafts that equal what the main model chooses itself. Choice is greedy
 or by noise that depends on (seed, position) alone, and the draft uses the same noise, so the
 tokens are those of plain decoding whatever k is (spec 4.3; the acceptance rule "equal to the
-target's own sample" of 4.5). One host synchronisation a step: to read drafts and choices.
+target's own sample" of 4.5).
+
+Host synchronisations: one for each step with drafts, whatever k, to read drafts and choices
+together; one for each plain step, to read a token while the next step already runs. With streamed
+experts every layer adds its own (`moe.py`).
 
 Yields token ids; text, stop rules and budgets are the caller's, except that the caller says how
 many tokens are still wanted and which ids end the reply.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from mlx_dsv3.gate import PLAIN_BURST, Gate
+from mlx_dsv3.gate import MAX_DRAFTS, Gate
 from mlx_dsv3.model import Model
 from mlx_dsv3.mtp import MTP
 from mlx_dsv3.sampler import Sampler
 from mlx_dsv3.state import State
 
+MAX_WAITING = 256  # states that wait for the MTP cache through plain steps: 7 MB of V3's
+
 
 @dataclass
 class DraftStats:
-    """What drafting did: by position, drafts made and accepted; lengths; steps; seconds."""
+    """What the gate chose and what came of it, in one reply.
 
-    drafted: list[int] = field(default_factory=lambda: [0] * 8)
-    accepted: list[int] = field(default_factory=lambda: [0] * 8)
-    lengths: list[int] = field(default_factory=lambda: [0] * 8)
-    plain_steps: int = 0
-    plain_s: float = 0.0
-    draft_steps: int = 0
-    draft_tokens: int = 0
-    draft_s: float = 0.0
+    `steps` counts main forwards by the number of drafts made; `lengths` those with drafts by the
+    number accepted; `plain_step_s` is the gate's own measurement, None until it has one.
+    """
+
+    steps: list[int] = field(default_factory=lambda: [0] * (MAX_DRAFTS + 1))
+    drafted: list[int] = field(default_factory=lambda: [0] * MAX_DRAFTS)
+    accepted: list[int] = field(default_factory=lambda: [0] * MAX_DRAFTS)
+    lengths: list[int] = field(default_factory=lambda: [0] * (MAX_DRAFTS + 1))
+    seconds: float = 0.0
+    plain_step_s: float | None = None
 
     def record(self, drafts: int, accepted: int, seconds: float) -> None:
+        self.steps[drafts] += 1
+        self.lengths[accepted] += drafts > 0
+        self.seconds += seconds
         for i in range(drafts):
             self.drafted[i] += 1
             self.accepted[i] += i < accepted
-        self.lengths[accepted] += 1
-        self.draft_steps += 1
-        self.draft_tokens += accepted + 1
-        self.draft_s += seconds
+
+    @property
+    def draft_steps(self) -> int:
+        return sum(self.steps[1:])
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.steps) + sum(self.accepted)
 
     @property
     def acceptance(self) -> list[float]:
@@ -51,17 +66,31 @@ class DraftStats:
         return [a / d for a, d in zip(self.accepted, self.drafted, strict=True) if d]
 
     @property
-    def speed_up(self) -> float | None:
-        """Return tokens a second of draft steps over plain ones, None until both were measured."""
-        if not self.plain_steps or not self.draft_steps:
-            return None
-        plain = self.plain_steps / max(self.plain_s, 1e-9)
-        return self.draft_tokens / max(self.draft_s, 1e-9) / plain
+    def mean_accepted(self) -> float:
+        """Return the mean number of drafts accepted in a step that made some."""
+        return sum(self.accepted) / max(self.draft_steps, 1)
 
     @property
     def tokens_per_forward(self) -> float:
-        forwards = self.draft_steps + self.plain_steps
-        return (self.draft_tokens + self.plain_steps) / max(forwards, 1)
+        return self.tokens / max(sum(self.steps), 1)
+
+    @property
+    def speed_up(self) -> float | None:
+        """Return what plain steps would have taken over what the reply took, if that is known."""
+        if self.plain_step_s is None or not self.draft_steps:
+            return None
+        return self.plain_step_s * self.tokens / max(self.seconds, 1e-9)
+
+
+def catch_up(mtp: MTP, state: State) -> None:
+    """Put all waiting states but the last into the MTP cache, unevaluated.
+
+    The last one makes the next draft, when the token that follows it is known.
+    """
+    g = state.waiting()
+    if g.shape[1] > 1:
+        mtp.extend(g[:, :-1], mx.array([state.ids[state.mtp_pairs + 1 :]]), state.mtp_cache)
+        state.keep_last_waiting()
 
 
 class Decoder:
@@ -76,6 +105,7 @@ class Decoder:
         mask: mx.array | None = None,
     ):
         self.model, self.mtp, self.state, self.sampler, self.mask = model, mtp, state, sampler, mask
+        self.can_draft = mtp is not None and state.mtp_cache is not None
 
     def choose(self, states: mx.array, fed: mx.array) -> mx.array:
         """Return the tokens (rows,) chosen from states (1, rows, D), int32.
@@ -100,10 +130,9 @@ class Decoder:
         own states, whose cache entries are guesses and are trimmed at once.
         """
         state, cache = self.state, self.state.mtp_cache
-        start = state.mtp_pairs
-        g = state.take_pending()
+        g = state.waiting()
         if g.shape[1] > 1:  # only the last pair's output is wanted: the others need no experts
-            known = mx.array([state.ids[start + 1 :]])
+            known = mx.array([state.ids[state.mtp_pairs + 1 :]])
             self.mtp.extend(g[:, :-1], known, cache)
         f = self.mtp.states(g[:, -1:], last[None], cache)
         fed = last
@@ -128,13 +157,16 @@ class Decoder:
         both = mx.concatenate([chosen, drafts]).tolist()
         tokens, guesses = both[: count + 1], both[count + 1 :]
         accepted = next((i for i in range(count) if tokens[i] != guesses[i]), count)
-        state.commit([last, *tokens[:accepted]], g[:, : accepted + 1])
+        state.commit([last, *tokens[:accepted]], g, paired=True)
         for layer in state.cache:
             layer.trim(count - accepted)
         return tokens[: accepted + 1], accepted
 
-    def plain(self, last: int, limit: int) -> Iterator[int]:
-        """Yield up to `limit` tokens one by one, the next step submitted before each is read."""
+    def plain(self, last: int, limit: int, goes_on: Callable[[], bool]) -> Iterator[int]:
+        """Yield up to `limit` tokens one by one, the next step submitted before each is read.
+
+        Before that it asks whether it `goes_on`; if not, the token is the last.
+        """
         state = self.state
 
         def step(fed: mx.array) -> tuple[mx.array, mx.array]:
@@ -145,13 +177,18 @@ class Decoder:
 
         token, g = step(mx.array([last], mx.int32))
         state.commit([last], g)
-        for count in range(1, limit + 1):
-            upcoming = step(token) if count < limit else None
+        for left in reversed(range(limit)):
+            upcoming = step(token) if left and goes_on() else None
             value = token.item()
             if upcoming is not None:
                 token, g = upcoming
                 state.commit([value], g)
+                if state.num_waiting >= MAX_WAITING:
+                    catch_up(self.mtp, state)
+                    mx.async_eval(state.mtp_cache.keys)
             yield value
+            if upcoming is None:
+                return
 
 
 def decode(
@@ -159,33 +196,42 @@ def decode(
 ) -> Iterator[int]:
     """Yield up to `limit` tokens after `last`, with as many drafts a step as the gate says.
 
-    Stops after an id of `ends`, also inside accepted drafts; what lay behind it is rewound.
+    Stops after an id of `ends`, also inside accepted drafts. Wherever it is left, what was not
+    yielded is not in the state.
     """
     state = decoder.state
+
+    def wanted() -> int:
+        return gate.choose(len(state.ids)) if decoder.can_draft else 0
+
+    def record(drafts: int, accepted: int) -> None:
+        seconds = time.perf_counter() - start
+        stats.record(drafts, accepted, seconds)
+        gate.record(len(state.ids), drafts, seconds, accepted)
+        stats.plain_step_s = gate.step_s(len(state.ids), 0)
+
     while limit > 0:
-        drafts = min(gate.choose(len(state.ids)), limit - 1)
+        drafts = min(wanted(), limit - 1)
         start = time.perf_counter()
-        if drafts < 1 or not state.pending:  # nothing to draft from
-            burst = limit if gate.fixed == 0 else PLAIN_BURST if drafts < 1 else 1
-            for token in decoder.plain(last, min(burst, limit)):
-                seconds = time.perf_counter() - start
-                stats.plain_steps, stats.plain_s = stats.plain_steps + 1, stats.plain_s + seconds
-                gate.record(len(state.ids), 0, seconds, 1)
+        if not (drafts and state.pending):  # nothing waits only where nothing was fed yet
+            for token in decoder.plain(last, limit, lambda: not wanted()):
+                record(0, 0)
                 limit, last = limit - 1, token
                 yield token
                 if token in ends:
                     return
                 start = time.perf_counter()
             continue
+        fed = len(state.ids) + 1
         tokens, accepted = decoder.speculate(last, drafts)
-        seconds = time.perf_counter() - start
-        stats.record(drafts, accepted, seconds)
-        gate.record(len(state.ids), drafts, seconds, accepted + 1)
-        end = next((i for i, token in enumerate(tokens) if token in ends), None)
-        if end is not None and end < accepted:
-            state.rewind(len(state.ids) - (accepted - 1 - end))
-        for token in tokens if end is None else tokens[: end + 1]:
-            limit, last = limit - 1, token
-            yield token
-        if end is not None:
-            return
+        record(drafts, accepted)
+        shown = 0
+        try:
+            for token in tokens:
+                limit, last, shown = limit - 1, token, shown + 1
+                yield token
+                if token in ends:
+                    return
+        finally:
+            if shown < accepted:
+                state.rewind(fed + shown)

@@ -1,18 +1,28 @@
 """What a conversation has computed: latent caches and the ids they stand for, always in step.
 
 The main cache holds one row for each id it was fed. The MTP cache holds one *pair* (state of the
-main model, next id) for each position but the last few, whose states wait in `pending` until
-their next id is known or a draft is wanted (spec 4.2):
+main model, next id) for each position but the last ones, whose states wait in `pending` until a
+draft is wanted or their number grows (spec 4.2):
 
-    mtp_pairs + pending rows == len(ids) == main cache length
+    mtp_pairs + waiting states == len(ids) == main cache length
+
+A step changes the caches first and is committed last, in statements that Ctrl-C cannot part. What
+it left beyond the committed is cut off by `align`.
 """
 
+import hashlib
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import mlx.core as mx
-from mlx_lm.models.cache import KVCache, load_prompt_cache, save_prompt_cache
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import KVCache
 
 from mlx_dsv3.errors import UserError
+
+FORMAT = "mlx_dsv3 conversation 1"
 
 
 @dataclass
@@ -26,88 +36,123 @@ class State:
     pending: list[mx.array] = field(default_factory=list)
 
     @property
-    def pending_rows(self) -> int:
+    def num_waiting(self) -> int:
         return sum(g.shape[1] for g in self.pending)
 
-    def commit(self, ids: list[int], g: mx.array) -> None:
-        """Record ids that the main model was fed and their states g (1, n, D)."""
+    def waiting(self) -> mx.array:
+        """Return the waiting states as one array (1, n, D)."""
+        return self.pending[0] if len(self.pending) == 1 else mx.concatenate(self.pending, axis=1)
+
+    def commit(self, ids: list[int], g: mx.array, paired: bool = False) -> None:
+        """Record ids that the main model was fed and their states, the first rows of g (1, n, D).
+
+        Later rows of g are of rejected drafts. With `paired` the states that waited are in the
+        MTP cache now.
+        """
+        pending, pairs = [], self.mtp_pairs + (self.num_waiting if paired else 0)
         if self.mtp_cache is not None:
-            self.pending.append(g)
+            pending = [*([] if paired else self.pending), g[:, : len(ids)]]
         self.ids.extend(ids)
+        self.mtp_pairs, self.pending = pairs, pending
 
-    def take_pending(self) -> mx.array:
-        """Return the waiting states as one array (1, n, D); they count as pairs from now on."""
-        g = self.pending[0] if len(self.pending) == 1 else mx.concatenate(self.pending, axis=1)
-        self.pending = []
-        self.mtp_pairs += g.shape[1]
-        return g
-
-    def give_back(self, g: mx.array) -> None:
-        """Let the last states taken wait again."""
-        self.pending.append(g)
-        self.mtp_pairs -= g.shape[1]
+    def keep_last_waiting(self) -> None:
+        """Record that all waiting states but the last are in the MTP cache."""
+        g = self.waiting()
+        self.mtp_pairs, self.pending = self.mtp_pairs + g.shape[1] - 1, [g[:, -1:]]
 
     def align(self) -> None:
         """Bring the caches back to what was committed, after a step that did not end."""
         if self.mtp_cache is not None:
-            self.mtp_pairs = min(self.mtp_pairs, self.mtp_cache.offset)
-            known = self.mtp_pairs + self.pending_rows
-            if known > len(self.ids):
-                self._keep_pending(len(self.ids) - self.mtp_pairs)
-            del self.ids[known:]
-            self.mtp_cache.trim(self.mtp_cache.offset - self.mtp_pairs)
+            del self.ids[self.mtp_pairs + self.num_waiting :]
+            cut(self.mtp_cache, self.mtp_pairs)
         for layer in self.cache:
-            layer.trim(layer.offset - len(self.ids))
+            cut(layer, len(self.ids))
 
     def rewind(self, length: int) -> None:
         """Keep the first `length` ids for a new continuation, or one fewer.
 
         The pair of the last kept position holds the id that followed it before. Unless its state
-        still waits in `pending`, that position goes too: feeding its id again restores the state.
+        still waits, that position goes too: feeding its id again restores the state.
         """
-        if length >= len(self.ids):
-            return
-        if self.mtp_cache is not None and length <= self.mtp_pairs:
-            length = max(length - 1, 0)
-            self.mtp_pairs, self.pending = min(self.mtp_pairs, length), []
-        elif self.mtp_cache is not None:
-            self._keep_pending(length - self.mtp_pairs)
-        del self.ids[length:]
+        if length < len(self.ids) or not self.pending:
+            length = min(length, len(self.ids))
+            waiting = length - self.mtp_pairs
+            pending = [self.waiting()[:, :waiting]] if self.pending and waiting > 0 else []
+            if self.mtp_cache is not None and not pending:
+                length = max(length - 1, 0)
+            self.mtp_pairs, self.pending = min(self.mtp_pairs, length), pending
+            del self.ids[length:]
         self.align()
 
-    def _keep_pending(self, rows: int) -> None:
-        g = mx.concatenate(self.pending, axis=1)[:, :rows]
-        self.pending = [g] if rows > 0 else []
+    def save(self, path: str | Path, model_id: str) -> None:
+        """Write caches, waiting states and ids to a safetensors file, whole or not at all.
 
-    def save(self, path: str) -> None:
-        """Write caches, waiting states and ids to a safetensors file."""
-        layers = self.cache if self.mtp_cache is None else [*self.cache, self.mtp_cache]
-        g = self.take_rows()
-        metadata = {"ids": " ".join(map(str, self.ids)), "mtp_pairs": str(self.mtp_pairs)}
-        metadata["has_mtp"] = str(int(self.mtp_cache is not None))
-        holder = KVCache()
-        if g is not None:
-            holder.update_and_fetch(g[:, None], g[:, None, :, :0])
-        save_prompt_cache(path, [*layers, holder], metadata)
+        `model_id` (see `fingerprint`) says what computed them: `load_state` refuses another's.
+        """
+        path = Path(path)
+        layers = [*self.cache, *([] if self.mtp_cache is None else [self.mtp_cache])]
+        arrays = {f"layers.{i}": c.keys[:, 0, : c.offset] for i, c in enumerate(layers) if c.offset}
+        if self.pending:
+            arrays["waiting"] = self.waiting()
+        metadata = {
+            "format": FORMAT,
+            "model": model_id,
+            "layers": str(len(self.cache)),
+            "has_mtp": str(int(self.mtp_cache is not None)),
+            "mtp_pairs": str(self.mtp_pairs),
+            "ids": " ".join(map(str, self.ids)),
+        }
+        partial = path.with_name(f".{path.stem}.partial.safetensors")
+        mx.save_safetensors(str(partial), arrays, metadata)
+        os.replace(partial, path)
 
-    def take_rows(self) -> mx.array | None:
-        """Return the waiting states as one array without marking them as pairs."""
-        return mx.concatenate(self.pending, axis=1) if self.pending else None
+
+def cut(cache: KVCache, length: int) -> None:
+    """Cut a cache to its first rows; mend one that Ctrl-C left between its two arrays."""
+    assert cache.offset >= length, f"{cache.offset} rows are there, {length} were committed"
+    cache.trim(cache.offset - length)
+    if cache.keys is not None and cache.values.shape[2] != cache.keys.shape[2]:
+        cache.values = cache.keys[..., :0]
 
 
-def load_state(path: str, num_layers: int) -> State:
-    """Read what `State.save` wrote; raise `UserError` when it is of another model."""
+def fingerprint(model: nn.Module) -> str:
+    """Return a digest of a model's parameters, which tells models and quantisations apart.
+
+    Of every parameter it takes name, shape, dtype and the first values; of the experts, which
+    are no parameters and may be on disk, the shapes.
+    """
+    digest = hashlib.sha256()
+    for name, array in sorted(tree_flatten(model.parameters())):
+        digest.update(f"{name} {array.shape} {array.dtype}".encode())
+        digest.update(memoryview(mx.contiguous(array.flatten()[:16]).view(mx.uint8)))
+    for name, module in sorted(model.named_modules()):
+        if (bank := getattr(module, "bank", None)) is not None:
+            digest.update(f"{name} {bank.gate_up.weight.shape[1:]}".encode())
+    return digest.hexdigest()
+
+
+def load_state(path: str | Path, model_id: str) -> State:
+    """Read what `State.save` wrote; raise `UserError` for anything else and another model's."""
     try:
-        layers, metadata = load_prompt_cache(path, return_metadata=True)
-        ids = [int(word) for word in metadata["ids"].split()]
-        has_mtp, mtp_pairs = metadata["has_mtp"] == "1", int(metadata["mtp_pairs"])
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"`{path}` holds no saved conversation: {error}") from None
-    *layers, holder = layers
-    if len(layers) != num_layers + has_mtp:
+        arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"`{path}` cannot be read: {error}") from None
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"`{path}` holds no saved conversation")
+    if metadata["model"] != model_id:
         raise UserError(
-            f"`{path}` was saved with {len(layers) - has_mtp} layers; the model has {num_layers}"
+            f"`{path}` was saved with another model or another quantisation of it",
+            "load it with the model that it was saved with",
         )
-    mtp_cache = layers.pop() if has_mtp else None
-    pending = [] if holder.empty() else [holder.state[0][:, 0]]
-    return State(layers, mtp_cache, ids, mtp_pairs, pending)
+    count, has_mtp = int(metadata["layers"]), metadata["has_mtp"] == "1"
+    layers = [KVCache() for _ in range(count + has_mtp)]
+    for i, layer in enumerate(layers):
+        if (rows := arrays.get(f"layers.{i}")) is not None:
+            layer.update_and_fetch(rows[:, None], rows[:, None, :, :0])
+    return State(
+        cache=layers[:count],
+        mtp_cache=layers[count] if has_mtp else None,
+        ids=[int(word) for word in metadata["ids"].split()],
+        mtp_pairs=int(metadata["mtp_pairs"]),
+        pending=[arrays["waiting"]] if "waiting" in arrays else [],
+    )
