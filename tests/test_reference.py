@@ -285,11 +285,12 @@ def test_config_as_transformers_writes_it(tmp_path):
     """rope_parameters for rope_scaling and rope_theta: yarn must not be lost on the way."""
     from transformers import DeepseekV3Config
 
-    known = {k: v for k, v in tiny.C.items() if k not in ("architectures", "torch_dtype")}
+    config = tiny.C | {"rope_theta": 50000.0}
+    known = {k: v for k, v in config.items() if k not in ("architectures", "torch_dtype")}
     DeepseekV3Config(**known).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     assert "rope_parameters" in written and "rope_scaling" not in written
-    ours, theirs = reference.Args.from_dict(tiny.C), reference.Args.from_dict(written)
+    ours, theirs = reference.Args.from_dict(config), reference.Args.from_dict(written)
     np.testing.assert_array_equal(
         reference.rope_frequencies(ours), reference.rope_frequencies(theirs)
     )
