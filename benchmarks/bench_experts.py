@@ -2,6 +2,7 @@
 
     python benchmarks/bench_experts.py [--folder DIR] [reads overlap prefill memory]
     python benchmarks/bench_experts.py --replay TRACE [--slots N ...]
+    python benchmarks/bench_experts.py --predict MODEL --text FILE
 
 reads     one MoE layer at true V3 shapes, 4 bits: GB/s of the store over GB/s of bare parallel
           reads of the same byte ranges, cold cache, alternating; records and stacked
@@ -9,6 +10,7 @@ overlap   reads slowed on purpose: a step should take max(compute, read), not th
 prefill   512 tokens at a quarter of the slots: reads by layer, and time beside one by one
 memory    growth of resident memory beside what the plan promised, for three budgets
 --replay  hit rates of policies at several capacities on a trace written by chat.py --trace
+--predict how many of a layer's experts its router names when it is asked one layer early
 
 Prints conditions, tables, and one JSON line last. `reads` needs 13 GB of disk.
 """
@@ -34,7 +36,7 @@ from synthetic import BASE, drop_from_page_cache, write_folder
 
 from mlx_dsv3 import expert_store, moe
 from mlx_dsv3.expert_store import NUM_READERS, ExpertStore
-from mlx_dsv3.load import load_model, open_folder, plan_memory
+from mlx_dsv3.load import load, load_model, open_folder, plan_memory
 
 V3_LAYER = BASE | {
     "vocab_size": 1024,
@@ -274,12 +276,50 @@ def bench_memory(root: Path) -> list[dict]:
     return rows
 
 
+def bench_predict(folder: Path, text: str) -> list[dict]:
+    """Apply each MoE layer's router to the state one layer earlier; return its recall.
+
+    A prefetcher would read the experts so named while the layer before still computes. Reads of
+    wrongly named ones are the price: the last column counts them for each useful one.
+    """
+    loaded = load(folder)
+    ids = mx.array([loaded.tokenizer.encode(text, add_special_tokens=False)[:2048]])
+    h, early, rows = loaded.model.model.embed_tokens(ids), {}, []
+    K = loaded.args.num_experts_per_tok
+    layers = loaded.model.layers
+    for i, layer in enumerate(layers):
+        following = layers[i + 1] if i + 1 < len(layers) else None
+        attended = h + layer.self_attn(layer.input_layernorm(h))
+        x = layer.post_attention_layernorm(attended)
+        if i in early:
+            true = np.array(layer.mlp.gate(x)[0]).reshape(-1, K)
+            row = {"layer": i}
+            for count in (K, 2 * K):
+                guess = early[i][:, :count]
+                found = sum(len(np.intersect1d(a, b)) for a, b in zip(true, guess, strict=True))
+                row[f"recall@{count}"] = found / true.size
+                row[f"wasted@{count}"] = (guess.size - found) / max(found, 1)
+            rows.append(row)
+            print("predict  " + ", ".join(f"{k} {v:.2f}" for k, v in row.items()))
+        h = attended + layer.mlp(x)
+        if following is not None and isinstance(following.mlp, moe.MoE):
+            gate = following.mlp.gate
+            ahead = following.post_attention_layernorm(attended)
+            scores = mx.sigmoid(ahead.astype(mx.float32) @ gate.weight.T)
+            scores = scores + gate.e_score_correction_bias
+            early[i + 1] = np.array(mx.argsort(-scores, axis=-1))[0]
+    loaded.store.close()
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", default=["reads", "overlap", "prefill", "memory"])
     parser.add_argument("--folder", type=Path, help="where inputs are made and kept")
     parser.add_argument("--replay", type=Path, metavar="TRACE")
     parser.add_argument("--slots", type=int, nargs="+")
+    parser.add_argument("--predict", type=Path, metavar="MODEL")
+    parser.add_argument("--text", type=Path, help="text for --predict")
     options = parser.parse_args()
     print(
         f"conditions: {platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
@@ -288,6 +328,10 @@ def main() -> None:
     )
     if options.replay:
         print(json.dumps({"replay": replay(options.replay, options.slots)}))
+        return
+    if options.predict:
+        text = options.text.read_text(encoding="utf-8")
+        print(json.dumps({"predict": bench_predict(options.predict, text)}))
         return
     with tempfile.TemporaryDirectory() as scratch:
         root = options.folder or Path(scratch)
