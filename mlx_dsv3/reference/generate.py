@@ -1,0 +1,195 @@
+"""Text from the reference, greedy or sampled, with a cache, with and without the MTP module.
+
+    python -m mlx_dsv3.reference.generate SOURCE -p TEXT [--max-tokens 100] [--drafts 1] ...
+
+TEXT goes in as it is, behind BOS: a chat turn has to be written out, with its role tokens. The
+noise that samples a token is a function of seed and position alone and drafts are accepted where
+they equal the token so chosen (spec 4.5), so the text does not depend on `--drafts`. With torchrun
+the model is divided among the processes (`parallel.py`).
+"""
+
+import argparse
+import sys
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from mlx_dsv3.errors import UserError, run_main
+from mlx_dsv3.reference import backends, parallel, weights
+from mlx_dsv3.reference.model import Model
+from mlx_dsv3.reference.record import resolve
+from mlx_dsv3.reference.weights import HubTensors
+
+
+@dataclass
+class Sampler:
+    """Greedy where `temp` is 0; else a sample of the `top_p` nucleus at that temperature."""
+
+    temp: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def noise(self, position: int, size: int) -> Tensor:
+        """Return the Gumbel noise (size,) of one position."""
+        generator = torch.Generator().manual_seed((self.seed << 32) + position)
+        uniform = torch.rand(size, generator=generator, dtype=torch.float64)
+        return -torch.log(-torch.log(uniform.clamp_min(1e-300)))
+
+    def __call__(self, logits: Tensor, position: int) -> list[int]:
+        """Return a token for each row of logits (rows, vocabulary); row i is for position + i."""
+        if self.temp == 0:
+            return logits.argmax(-1).tolist()
+        logprobs = logits.double().cpu().log_softmax(-1)
+        ordered = logprobs.sort(-1, descending=True)
+        before = ordered.values.exp().cumsum(-1) - ordered.values.exp()
+        dropped = (before >= self.top_p).scatter(-1, ordered.indices, before >= self.top_p)
+        logprobs = logprobs.masked_fill(dropped, -torch.inf) / self.temp
+        rows, size = logits.shape
+        noise = torch.stack([self.noise(position + i, size) for i in range(rows)])
+        return (logprobs + noise).argmax(-1).tolist()
+
+
+@dataclass
+class Counts:
+    """Steps of the main model after the prompt, and drafts made and accepted."""
+
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+
+def trim(cache: list[dict], length: int) -> None:
+    """Keep the first `length` positions of some layers' caches."""
+    for layer in cache:
+        for name, value in layer.items():
+            layer[name] = value[:, :length]
+
+
+def draft(model: Model, cache: list[dict], g: Tensor, next_ids: list[int], num: int) -> list[int]:
+    """Feed the pairs (g, next token) that the MTP cache lacks; return `num` greedy drafts.
+
+    Further drafts come from the module's own states, whose cache entries are removed again.
+    """
+    logits, f = model.mtp(g, torch.tensor([next_ids], device=g.device), cache)
+    length, drafts = cache[-1]["latent"].shape[1], [int(logits[0, -1].argmax())]
+    while len(drafts) < num:
+        token = torch.tensor([drafts[-1:]], device=g.device)
+        logits, f = model.mtp(f[:, -1:], token, cache)
+        drafts.append(int(logits[0, -1].argmax()))
+    trim(cache[-1:], length)
+    return drafts
+
+
+def generate(
+    model: Model,
+    prompt: list[int],
+    max_tokens: int,
+    *,
+    sampler: Sampler | None = None,
+    drafts: int = 0,
+    stop: Collection[int] = (),
+    counts: Counts | None = None,
+) -> Iterator[int]:
+    """Yield up to `max_tokens` tokens after the prompt, a stop token included (spec 4.3).
+
+    `drafts` is the number of tokens that the MTP module proposes before each step.
+    """
+    sampler, counts = sampler or Sampler(), counts or Counts()
+    device, cache = model.model.embed_tokens.weight.device, model.make_cache()
+    seq, left, fed, guesses = list(prompt), max_tokens, list(prompt), []
+    while left:
+        logits, g = model(torch.tensor([fed], device=device), cache)
+        last = len(fed) - 1 - len(guesses)  # of the tokens fed, the last that is committed
+        chosen = sampler(logits[0, last:], len(seq))
+        num = 0
+        while num < len(guesses) and chosen[num] == guesses[num]:
+            num += 1
+        new = chosen[: num + 1]
+        for token in new:
+            yield token
+            if token in stop:
+                return
+        seq, left = seq + new, left - len(new)
+        trim(cache[: model.args.num_hidden_layers], len(seq) - 1)
+        following = fed[1 : last + 1] + new  # the token after each state that is now certain
+        num_drafts = min(drafts, left - 1)
+        guesses = (
+            draft(model, cache, g[:, : len(following)], following, num_drafts)
+            if num_drafts > 0
+            else []
+        )
+        fed = [seq[-1], *guesses]
+        counts.steps += 1
+        counts.accepted += num
+        counts.drafted += len(guesses)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m mlx_dsv3.reference.generate", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("source", help="folder or hub id of the original checkpoint")
+    parser.add_argument("-p", "--prompt", required=True, help="text, with its role tokens")
+    parser.add_argument("--max-tokens", type=int, default=100)
+    parser.add_argument("--temp", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--drafts", type=int, default=0, help="tokens that the MTP module proposes")
+    parser.add_argument("--arithmetic", choices=weights.NAMES)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--matmul", choices=backends.NAMES, default="auto")
+    return parser.parse_args(argv)
+
+
+def load(args: argparse.Namespace) -> tuple[Model, Path]:
+    """Read the checkpoint, or with torchrun this process's part of it."""
+    folder = resolve(args.source)
+    config = HubTensors(folder).config
+    name = args.arithmetic or ("fp8" if "quantization_config" in config else "bf16")
+    device = parallel.start(args.device) if parallel.num_processes() > 1 else args.device
+    operations = backends.choose_operations(args.matmul, device)
+    arithmetic = weights.arithmetic_of(name, config, device, operations)
+    if parallel.num_processes() > 1:
+        return parallel.load(folder, arithmetic), folder
+    return weights.load(folder, arithmetic=arithmetic), folder
+
+
+@torch.inference_mode()
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    model, folder = load(args)
+    if args.drafts and not model.args.num_nextn_predict_layers:
+        raise UserError(f"`{folder}` has no MTP layer", "leave `--drafts` out")
+    config = HubTensors(folder).config
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = tokenizer.encode(args.prompt, add_special_tokens=False).ids
+    bos, eos = config.get("bos_token_id"), config.get("eos_token_id")
+    ids = ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+    stop = eos if isinstance(eos, list) else [eos]
+    counts, sampler = Counts(), Sampler(args.temp, args.top_p, args.seed)
+    tokens = list(
+        generate(
+            model,
+            ids,
+            args.max_tokens,
+            sampler=sampler,
+            drafts=args.drafts,
+            stop=stop,
+            counts=counts,
+        )
+    )
+    if parallel.num_processes() == 1 or torch.distributed.get_rank() == 0:
+        print(tokenizer.decode(tokens))
+        if counts.drafted:
+            print(f"{counts.accepted} of {counts.drafted} drafts accepted", file=sys.stderr)
+    if parallel.num_processes() > 1:
+        torch.distributed.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
