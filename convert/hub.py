@@ -127,11 +127,11 @@ class Repo:
                 size = self.sizes[shard]
                 http_get(url, file, resume_size=have, headers=headers, expected_size=size)
 
-    def ask(self, call: Callable):
+    def ask(self, call: Callable, waits: tuple[float, ...] | None = None):
         """Do a request; wait and repeat while the hub or the network fails, then say so."""
         from huggingface_hub import errors
 
-        for wait in (*WAITS_S, None):
+        for wait in (*(WAITS_S if waits is None else waits), None):
             try:
                 return call()
             except errors.GatedRepoError:
@@ -141,7 +141,7 @@ class Repo:
                 ) from None
             except errors.RepositoryNotFoundError:
                 raise UserError(
-                    f"there is no repository `{self.repo_id}`, or it is not open to you",
+                    f"there is no folder and no repository `{self.repo_id}`, or it is private",
                     "check the spelling; for a private one, `hf auth login`",
                 ) from None
             except errors.RevisionNotFoundError:

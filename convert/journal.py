@@ -1,10 +1,9 @@
 """Which units are written, so that a killed conversion goes on where it stopped.
 
-One line a unit, with the sha256 of what was written and the unit's error sums. A `synced` line says
-how many unit lines before it are on the disk for certain; what stands after the last one may have
-been lost with the power, so a resume believes only the lines before it and asks the caller to read
-back the others. A torn or zeroed end fails its checksum and counts as not written. Knows neither
-the plan nor the output files.
+One line a unit, with the sha256 of what was written and the unit's error sums. A `synced` line
+names the units that are on the disk for certain; the others may have been lost with the power, so
+a resume asks the caller to read them back. A torn or zeroed end fails its checksum and counts as
+not written. Knows neither the plan nor the output files.
 """
 
 import json
@@ -51,15 +50,14 @@ class Journal:
             if "head" in entry:
                 self.head = entry["head"]
             self.is_finishing = self.is_finishing or "finishing" in entry
-            covered = list(self.unsynced)[: entry.get("synced", 0)]
-            for index in covered:
+            for index in entry.get("synced", ()):
                 self.done[index] = self.unsynced.pop(index)
             self._synced_bytes = place
 
     def begin(self, head: dict) -> dict[int, Done]:
         """Open for appending and return the units that must be read back before they count.
 
-        Everything after the last synced line is cut off; the caller adds again what it confirms.
+        What follows the last synced line is cut off; the caller adds again what it confirms.
         """
         unconfirmed, self.unsynced = self.unsynced, {}
         self._file = open(self.path, "r+b" if self.path.exists() else "w+b", buffering=0)
@@ -75,11 +73,11 @@ class Journal:
         self.done[index] = self.unsynced[index] = done
         self._append({"unit": index, "sha256": done.sha256, "errors": done.errors})
 
-    def mark_synced(self, count: int) -> None:
-        """Note that the first `count` units that no earlier mark covers are on the disk."""
-        for index in list(self.unsynced)[:count]:
+    def mark_synced(self, units: list[int]) -> None:
+        """Note that these units, each added before, are on the disk."""
+        for index in units:
             del self.unsynced[index]
-        self._append({"synced": count})
+        self._append({"synced": units})
         self._commit()
 
     def mark_finishing(self) -> None:

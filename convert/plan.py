@@ -9,9 +9,8 @@ source's headers, the recipe and every byte range, so that equal digests mean eq
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
-from math import prod
 from typing import NamedTuple
 
 from convert.layout import (
@@ -26,99 +25,15 @@ from convert.layout import (
     mtp_tensors,
     outer_tensors,
 )
-from convert.recipe import Quantization, Recipe
-from convert.source import DTYPE_BYTES, SCALE_SUFFIX, Source
+from convert.outputs import Module, OutputFile, Part, Target, Unit
+from convert.recipe import Recipe
+from convert.source import SCALE_SUFFIX, Source
 
 FORMAT = 1
 TRUNK_FILE_BYTES = 5 * 10**9
 BLOCK_ELEMENTS = 16 << 20  # 64 MB as float32: an expert's matrix of V3 passes in one piece
 RECORD_ALIGNMENT = 16 << 10  # a page of Apple Silicon: uncached reads are direct from there on
 MTP_FILE = "mtp.safetensors"
-
-
-class Part(NamedTuple):
-    """A tensor of the output before it has a place."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * DTYPE_BYTES[self.dtype]
-
-
-class Module(NamedTuple):
-    """What one source matrix (or half of kv_b) becomes: an array per part, written in order."""
-
-    path: str
-    role: str
-    quantization: Quantization | None
-    parts: tuple[Part, ...]
-
-
-class Target(NamedTuple):
-    """A module, or some rows of it, with the byte range of each of its parts."""
-
-    path: str
-    role: str
-    quantization: Quantization | None
-    dtype: str
-    writes: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """One piece of work. `rule` names the function in `transform.py`."""
-
-    index: int
-    rule: str
-    sources: tuple[str, ...]
-    rows: tuple[int, int] | None
-    file: str
-    targets: tuple[Target, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(nbytes for target in self.targets for _, nbytes in target.writes)
-
-
-@dataclass
-class OutputFile:
-    """A safetensors file whose header is known before its data."""
-
-    name: str
-    alignment: int
-    parts: list[Part] = field(default_factory=list)
-
-    @cached_property
-    def header(self) -> bytes:
-        """Return length and header, padded with spaces so that the data begins aligned."""
-        entries, place = {"__metadata__": {"format": "mlx"}}, 0
-        for part in self.parts:
-            offsets = [place, place + part.nbytes]
-            entries[part.name] = {
-                "dtype": part.dtype,
-                "shape": part.shape,
-                "data_offsets": offsets,
-            }
-            place += part.nbytes
-        text = json.dumps(entries, separators=(",", ":")).encode()
-        text += b" " * (-(8 + len(text)) % self.alignment)
-        return len(text).to_bytes(8, "little") + text
-
-    @cached_property
-    def start_of(self) -> dict[str, int]:
-        """Return where each tensor begins, counted from the beginning of the file."""
-        starts, place = {}, len(self.header)
-        for part in self.parts:
-            starts[part.name] = place
-            place += part.nbytes
-        return starts
-
-    @cached_property
-    def nbytes(self) -> int:
-        return len(self.header) + sum(part.nbytes for part in self.parts)
 
 
 @dataclass
@@ -162,6 +77,15 @@ def build(source: Source, recipe: Recipe, layout: str = "records") -> Plan:
     return Plan(source, recipe, layout, with_mtp, planner.files, planner.ordered_units())
 
 
+class _Pending(NamedTuple):
+    """Tensors that become units when their file is final; `slot` is an expert's when stacked."""
+
+    tensors: tuple[HubTensor, ...]
+    file: OutputFile | None
+    modules: list[Module]
+    slot: int | None = None
+
+
 class _Planner:
     """Collects files and units while `build` walks through the model.
 
@@ -172,7 +96,7 @@ class _Planner:
     def __init__(self, source: Source, recipe: Recipe):
         self.source, self.recipe = source, recipe
         self.files: dict[str, OutputFile] = {}
-        self.pending: list[tuple] = []  # (tensors, file, modules, expert when stacked)
+        self.pending: list[_Pending] = []
 
     def add_main_model(self, layout: str) -> None:
         """Add the trunk, then one file of routed experts for each MoE layer."""
@@ -196,7 +120,7 @@ class _Planner:
             if {copy, original} <= set(self.source.tensors):
                 shape = self.source.tensors[original].shape
                 pair = tuple(HubTensor(name, shape, "mtp") for name in (copy, original))
-                self.pending.append((pair, None, [], None))
+                self.pending.append(_Pending(pair, None, []))
 
     def open_file(self, name: str, alignment: int = 8) -> OutputFile:
         return self.files.setdefault(name, OutputFile(name, alignment))
@@ -220,25 +144,24 @@ class _Planner:
             modules = self.modules(tensor)
             for module in modules:
                 file.parts.extend(module.parts)
-            self.pending.append(((tensor,), file, modules, None))
+            self.pending.append(_Pending((tensor,), file, modules))
 
     def add_experts(self, file: OutputFile, layer: int, layout: str) -> None:
         """Add a layer's routed experts: one record after the other, or stacked by projection."""
-        args = self.source.args
+        args, is_stacked = self.source.args, layout == "stacked"
         for expert in range(args.n_routed_experts):
             tensors = tuple(expert_tensors(args, layer, expert))
             modules = [module for tensor in tensors for module in self.modules(tensor)]
-            if layout == "stacked":
+            if is_stacked:
                 modules = [_stacked(module) for module in modules]
-            if layout == "records" or expert == 0:
-                count = None if layout == "records" else args.n_routed_experts
-                file.parts.extend(
-                    part if count is None else part._replace(shape=(count, *part.shape))
-                    for module in modules
-                    for part in module.parts
-                )
-            slot = expert if layout == "stacked" else None
-            self.pending.append((tensors, file, modules, slot))
+            parts = [part for module in modules for part in module.parts]
+            if not is_stacked:
+                file.parts.extend(parts)
+            elif expert == 0:
+                count = args.n_routed_experts
+                file.parts.extend(p._replace(shape=(count, *p.shape)) for p in parts)
+            slot = expert if is_stacked else None
+            self.pending.append(_Pending(tensors, file, modules, slot))
 
     def modules(self, tensor: HubTensor) -> list[Module]:
         """Return what a hub tensor becomes: kv_b two modules, everything else one."""
@@ -275,7 +198,7 @@ class _Planner:
     def ordered_units(self) -> list[Unit]:
         """Return the units: comparisons first, then by the last shard that a unit needs."""
         rank = {shard: i for i, shard in enumerate(sorted(self.source.shard_bytes))}
-        units = [unit for entry in self.pending for unit in self._units(*entry)]
+        units = [unit for entry in self.pending for unit in self._units(entry)]
 
         def order(unit: Unit):
             shards = [rank[shard] for shard in shards_of(self.source, unit)]
@@ -283,24 +206,22 @@ class _Planner:
             return (unit.rule != "compare", max(shards), start)
 
         units.sort(key=order)
-        return [_numbered(unit, index) for index, unit in enumerate(units)]
+        return [replace(unit, index=index) for index, unit in enumerate(units)]
 
-    def _units(self, tensors, file, modules, expert) -> Iterator[Unit]:
+    def _units(self, entry: _Pending) -> Iterator[Unit]:
         """Yield the units of an entry: one, or one for each block of rows of a large matrix."""
-        first, sources = tensors[0], tuple(tensor.name for tensor in tensors)
-        if file is None:
+        first, sources = entry.tensors[0], tuple(tensor.name for tensor in entry.tensors)
+        if entry.file is None:
             for rows in self._row_blocks(first.shape):
                 yield Unit(0, "compare", sources, rows, "", ())
             return
-        rule = "matrix"
-        if first.role == "bias":
-            rule = "keep"
-        elif first.name.endswith("kv_b_proj.weight"):
+        rule = "keep" if first.role == "bias" else "matrix"
+        if first.name.endswith("kv_b_proj.weight"):
             rule = "split_kv_b"
-        may_split = rule == "matrix" and len(tensors) == 1 and len(first.shape) == 2
+        may_split = rule == "matrix" and len(sources) == 1 and len(first.shape) == 2
         for rows in self._row_blocks(first.shape) if may_split else (None,):
-            targets = tuple(_target(file, module, rows, expert) for module in modules)
-            yield Unit(0, rule, sources, rows, file.name, targets)
+            targets = [_target(entry.file, module, rows, entry.slot) for module in entry.modules]
+            yield Unit(0, rule, sources, rows, entry.file.name, tuple(targets))
 
     def _row_blocks(self, shape: tuple[int, int]) -> Iterator[tuple[int, int] | None]:
         """Yield ranges of rows that begin where an FP8 block begins; None when one suffices."""
@@ -322,22 +243,21 @@ def _stacked(module: Module) -> Module:
     return module._replace(path=path, parts=parts)
 
 
-def _target(file: OutputFile, module: Module, rows, expert: int | None) -> Target:
+def _target(
+    file: OutputFile, module: Module, rows: tuple[int, int] | None, slot: int | None
+) -> Target:
+    """Place a module, or some rows of it, or one expert of a stacked one, in its file."""
     writes = []
     for part in module.parts:
         start, nbytes = file.start_of[part.name], part.nbytes
         if rows:
             row_bytes = nbytes // part.shape[0]
             start, nbytes = start + rows[0] * row_bytes, (rows[1] - rows[0]) * row_bytes
-        if expert is not None:
-            start += expert * nbytes
+        if slot is not None:
+            start += slot * nbytes
         writes.append((start, nbytes))
     dtype = module.parts[0].dtype
     return Target(module.path, module.role, module.quantization, dtype, tuple(writes))
-
-
-def _numbered(unit: Unit, index: int) -> Unit:
-    return Unit(index, *(getattr(unit, name) for name in Unit.__slots__[1:]))
 
 
 def config_path(path: str) -> str:

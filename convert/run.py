@@ -26,7 +26,8 @@ from convert.metadata import (
     write_json,
     write_small_files,
 )
-from convert.plan import Plan, Unit
+from convert.outputs import Unit
+from convert.plan import Plan
 from convert.progress import Progress
 from convert.shards import Shards
 from convert.transform import Derived, Raw, derive, read_unit
@@ -97,13 +98,20 @@ def awake() -> Iterator[None]:
 class _Run:
     """One run over the units that are not done yet."""
 
-    def __init__(self, plan, destination, jobs, progress, shards):
+    def __init__(
+        self,
+        plan: Plan,
+        destination: Destination,
+        jobs: int,
+        progress: Progress,
+        shards: Shards | None,
+    ):
         self.plan, self.destination, self.jobs, self.progress = plan, destination, jobs, progress
         self.shards = shards
         self.journal = destination.journal
         self.writer = Writer(destination.partial, plan.files)
         self.sync: Future | None = None
-        self.sync_count = 0  # units that the sync under way covers
+        self.sync_units: list[int] = []  # what the sync under way covers
         self.sync_s, self.bytes_since_sync = time.monotonic(), 0
 
     def finish(self, head: dict, small_files: Callable[[Plan, Path], list[str]]) -> None:
@@ -124,8 +132,7 @@ class _Run:
         for index, done in unconfirmed.items():
             if self.writer.digest_on_disk(self.plan.units[index]) == done.sha256:
                 self.journal.add(index, done)
-        self.writer.sync()
-        self.journal.mark_synced(len(self.journal.unsynced))
+        self.sync_now()
         finished = sum(self.plan.units[index].nbytes for index in self.journal.done)
         self.progress.start(sum(unit.nbytes for unit in self.plan.units), finished)
 
@@ -145,8 +152,7 @@ class _Run:
             derived = evaluate(raws, self.plan, streams(self.jobs))
             for (unit, outputs), sha256 in ahead(self.write, derived, writers, self.jobs):
                 self.note_done(unit, outputs, sha256, syncer)
-            self.start_sync(syncer)
-            self.end_sync()
+            self.sync_now()
         finally:
             if self.shards:
                 self.shards.close()  # or a reader would wait for a shard that nobody wants
@@ -169,27 +175,32 @@ class _Run:
         if is_due and not self.sync:
             self.start_sync(syncer)
         if self.shards and (finished := self.shards.finish(unit)):
-            self.start_sync(syncer)
-            self.end_sync()  # at once: the disk may have no room for the next shard
+            self.sync_now()  # the disk may have no room for the next shard
             self.shards.discard(finished)
 
     def start_sync(self, syncer: ThreadPoolExecutor) -> None:
-        """Bring the files to the disk in the background; the journal may claim it afterwards."""
-        self.end_sync()
-        self.sync_count = len(self.journal.unsynced)
+        """Bring the files to the disk in the background; `end_sync` makes the journal claim it."""
+        self.sync_units = list(self.journal.unsynced)
         self.sync_s, self.bytes_since_sync = time.monotonic(), 0
         self.sync = syncer.submit(self.writer.sync)
 
     def end_sync(self) -> None:
-        if not self.sync:
-            return
+        """Wait for the sync under way; when it failed, nobody knows what reached the disk."""
         try:
             self.sync.result()
         except OSError:
             self.journal.drop_unsynced()
             raise
         self.sync = None
-        self.journal.mark_synced(self.sync_count)
+        self.journal.mark_synced(self.sync_units)
+
+    def sync_now(self) -> None:
+        """Bring everything to the disk and wait for it."""
+        if self.sync:
+            self.end_sync()
+        with ThreadPoolExecutor(1) as syncer:
+            self.start_sync(syncer)
+        self.end_sync()
 
     def complete_folder(self, small_files: Callable[[Plan, Path], list[str]]) -> None:
         """Write everything that is no tensor, conversion.json last, and bring it to the disk."""

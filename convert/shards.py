@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from convert.plan import Plan, Unit, shards_of
+from convert.outputs import Unit
+from convert.plan import Plan, shards_of
 
 DEFAULT_JOBS = 2  # each holds about 0.3 GB at V3's shapes; two keep a disk and two cores busy
 AHEAD = 2

@@ -6,7 +6,8 @@ from itertools import zip_longest
 from math import prod, sqrt
 
 from convert.journal import Done
-from convert.plan import Plan, Target, Unit
+from convert.outputs import Target, Unit
+from convert.plan import Plan
 from convert.source import SCALE_SUFFIX
 
 

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from convert.fp8 import decode_scales, dequantize_blocks
-from convert.plan import Target, Unit
+from convert.outputs import Target, Unit
 from convert.recipe import Quantization
 from convert.source import Source
 from mlx_dsv3.config import ModelArgs

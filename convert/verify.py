@@ -15,7 +15,8 @@ import mlx.core as mx
 from convert import recipe as recipes
 from convert.destination import PARTIAL, RECORD_FILE
 from convert.metadata import device_kind, file_record, json_text, record_digest
-from convert.plan import MTP_FILE, Plan, Target, Unit, build
+from convert.outputs import Target, Unit
+from convert.plan import MTP_FILE, Plan, build
 from convert.source import (
     INDEX_FILE,
     Source,

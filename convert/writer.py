@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from threading import Lock
 
-from convert.plan import OutputFile, Unit
+from convert.outputs import OutputFile, Unit
 
 
 def flush(descriptor: int) -> None:
@@ -73,8 +73,6 @@ class Writer:
         digest = hashlib.sha256()
         if not unit.targets:
             return digest.hexdigest()
-        with self._lock:
-            self._dirty.add(unit.file)
         descriptor = os.open(self.folder / unit.file, os.O_WRONLY)
         try:
             for (offset, nbytes), buffer in zip(ranges(unit), buffers, strict=True):
@@ -83,6 +81,8 @@ class Writer:
                 write_at(descriptor, buffer, offset)
         finally:
             os.close(descriptor)
+        with self._lock:
+            self._dirty.add(unit.file)  # not before: a sync in between would count it as done
         return digest.hexdigest()
 
     def digest_on_disk(self, unit: Unit) -> str:

@@ -298,7 +298,7 @@ def test_killed_run_resumes(server, checkpoint, tmp_path):
 
 @pytest.mark.parametrize(
     ("status", "words"),
-    [(401, "there is no repository"), (404, "there is no repository"), (403, "is gated")],
+    [(401, "no repository `"), (404, "no repository `"), (403, "is gated")],
 )
 def test_closed_doors_are_explained(server, tmp_path, status, words):
     server.closed = status

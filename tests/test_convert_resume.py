@@ -132,23 +132,23 @@ def test_sigkill_between_renames(straight, tmp_path):
         assert contents(out) == want
 
 
-def lose_power(out: Path, draw: random.Random, safe: dict[str, int]) -> int:
+def lose_power(out: Path, draw: random.Random, ends: dict[str, list[int]]) -> int:
     """Undo parts of what no flush had covered: zero it, and cut files off behind the rest.
 
-    `safe` remembers from one loss to the next how far into each file a flush has reached: the
-    disk has promised to keep that. Returns the number of bytes lost.
+    `ends` remembers from one loss to the next how far each file was written and, second, how far
+    a flush has reached, whichever run had written that. Returns the number of bytes lost.
     """
     unsynced, flushing, lost = {}, {}, 0
     for what, path, *rest in events(out):
-        pending = unsynced.setdefault(path, [])
+        pending, end = unsynced.setdefault(path, []), ends.setdefault(path, [0, 0])
         if what == "write":
             pending.append((int(rest[0]), int(rest[1])))
+            end[0] = max(end[0], sum(pending[-1]))
         elif what == "flushing":
-            flushing[path] = len(pending)
+            flushing[path] = (len(pending), end[0])
         else:
-            covered = pending[: flushing.pop(path)]
-            safe[path] = max([safe.get(path, 0), *(offset + count for offset, count in covered)])
-            del pending[: len(covered)]
+            num_covered, end[1] = flushing.pop(path)
+            del pending[:num_covered]
     for path, pending in unsynced.items():
         pending = pending[draw.randint(0, len(pending)) :]
         if not pending or not os.path.isfile(path):
@@ -158,7 +158,7 @@ def lose_power(out: Path, draw: random.Random, safe: dict[str, int]) -> int:
                 file.seek(offset)
                 file.write(bytes(count))
                 lost += count
-            cut = max(safe.get(path, 0), min(offset for offset, _ in pending))
+            cut = max(ends[path][1], min(offset for offset, _ in pending))
             if draw.random() < 0.5 and cut < os.path.getsize(path):
                 file.truncate(cut)
     return lost
@@ -169,10 +169,10 @@ def test_power_loss(straight, tmp_path, seed):
     """One conversion that loses power again and again, in random places, and still ends well."""
     hub, want, log = straight
     total = sum(int(rest[1]) for what, _, *rest in log if what == "write")
-    draw, lost, num_losses, safe = random.Random(seed), 0, 0, {}
+    draw, lost, num_losses, ends = random.Random(seed), 0, 0, {}
     out = tmp_path / "out"
     while child(hub, out, "kill", draw.randrange(total // 2)) == -9:
-        lost += lose_power(out, draw, safe)
+        lost += lose_power(out, draw, ends)
         num_losses += 1
     assert contents(out) == want
     assert num_losses >= 2 and lost > 0

@@ -18,7 +18,7 @@ def write(path, num_synced: int, num_more: int) -> bytes:
     journal.begin(HEAD)
     for index in range(num_synced):
         journal.add(index, done(index))
-    journal.mark_synced(num_synced)
+    journal.mark_synced(list(range(num_synced)))
     for index in range(num_synced, num_synced + num_more):
         journal.add(index, done(index))
     journal.close()
@@ -40,9 +40,27 @@ def test_a_confirmed_unit_survives_and_another_is_forgotten(tmp_path):
     journal = Journal(tmp_path / "journal")
     unconfirmed = journal.begin(HEAD)
     journal.add(4, unconfirmed[4])
-    journal.mark_synced(1)
+    journal.mark_synced([4])
     journal.close()
     assert set(Journal(tmp_path / "journal").done) == {0, 1, 2, 4}
+
+
+def test_units_that_a_mark_leaves_out_stay_unconfirmed(tmp_path):
+    """They stand before the mark in the file, survive the cut, and may not be counted as others."""
+    path = tmp_path / "journal"
+    journal = Journal(path)
+    journal.begin(HEAD)
+    for index in range(4):
+        journal.add(index, done(index))
+    journal.mark_synced([0, 1])
+    journal.close()
+    journal = Journal(path)
+    assert set(journal.begin(HEAD)) == {2, 3}
+    journal.add(3, done(3))  # 2 was lost
+    journal.mark_synced([3])
+    journal.close()
+    again = Journal(path)
+    assert set(again.done) == {0, 1, 3} and set(again.unsynced) == {2}
 
 
 @pytest.mark.parametrize("damage", ["cut", "zeroed", "flipped"])
@@ -69,7 +87,7 @@ def test_a_failed_flush_takes_its_units_back(tmp_path):
     journal = Journal(tmp_path / "journal")
     journal.begin(HEAD)
     journal.add(0, done(0))
-    journal.mark_synced(1)
+    journal.mark_synced([0])
     journal.add(1, done(1))
     journal.drop_unsynced()
     journal.close()

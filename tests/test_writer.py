@@ -8,7 +8,7 @@ import pytest
 
 from convert import writer
 from convert.__main__ import main
-from convert.plan import OutputFile, Part, Target, Unit
+from convert.outputs import OutputFile, Part, Target, Unit
 from mlx_dsv3.errors import run_main
 from tests.tiny import A, write_hub
 
