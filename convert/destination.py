@@ -154,6 +154,6 @@ def _disagreement(folder: Path, begun: dict, head: dict, journal: Journal) -> tu
                 "go on as it was begun, or choose another folder",
             )
     return (
-        f"`{folder}` holds a conversion begun from another source or with another layout",
+        f"`{folder}` holds a conversion begun from another source, recipe or layout",
         "repeat the command as it was begun, or choose another folder",
     )

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 
 from convert.metadata import COPIED
@@ -59,18 +60,16 @@ class Repo:
         if "config.json" not in names:
             raise UserError(f"`{self.repo_id}` has no config.json", "give a model's repository")
         for name in names:
-            path = self.ask(
-                lambda name=name: hf_hub_download(self.repo_id, name, revision=self.revision)
-            )
+            path = self.ask(partial(hf_hub_download, self.repo_id, name, revision=self.revision))
         return Path(path).parent
 
     def header(self, shard: str) -> tuple[bytes, int]:
         """Return a shard's header and size; reads its first bytes and no more."""
         size = self.sizes[shard]
-        first = self.ask(lambda: self._range(shard, FIRST_BYTES))
+        first = self.ask(partial(self._range, shard, FIRST_BYTES))
         length = header_length(first[:8], shard, size)
         if len(first) < 8 + length:
-            first = self.ask(lambda: self._range(shard, 8 + length))
+            first = self.ask(partial(self._range, shard, 8 + length))
         return first[8 : 8 + length], size
 
     def _range(self, shard: str, count: int) -> bytes:
@@ -102,12 +101,12 @@ class Repo:
         from huggingface_hub import hf_hub_download
 
         if folder is None:
-            path = lambda: hf_hub_download(self.repo_id, shard, revision=self.revision)  # noqa: E731
-            return Path(self.ask(path))
+            call = partial(hf_hub_download, self.repo_id, shard, revision=self.revision)
+            return Path(self.ask(call))
         if (folder / shard).exists():
             return folder / shard
         part = folder / f"{shard}.part"
-        self.ask(lambda: self._append(shard, part))
+        self.ask(partial(self._append, shard, part))
         if shard in self.sha256 and _sha256(part) != self.sha256[shard]:
             part.unlink()
             raise UserError(

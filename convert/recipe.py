@@ -5,7 +5,7 @@ selection bias). `q4` and the other uniform recipes give what `mlx_lm.convert -q
 MTP module has 8 bits whatever the recipe, because drafts of a 4-bit one are hardly ever accepted.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -124,7 +124,7 @@ def _named(name: str) -> Recipe:
     if name in RECIPES:
         return RECIPES[name]
     if name.endswith(".json") and Path(name).is_file():
-        return from_dict(read_json(Path(name)), f"`{name}`")
+        return replace(from_dict(read_json(Path(name)), f"`{name}`"), name=Path(name).stem)
     raise UserError(
         f"there is no recipe `{name}`", f"choose one of {', '.join(RECIPES)}, or a JSON file"
     )

@@ -48,12 +48,12 @@ def print_plan(plan: Plan, is_on_hub: bool) -> None:
         f"{size(source.nbytes)}; {'with' if plan.with_mtp else 'without'} MTP layer\n"
         f"result  {len(plan.files):,} files, {size(plan.nbytes)} with `{plan.recipe.name}`\n"
         f"disk    {disk_needs(plan, is_on_hub)}\n"
-        f"memory  {size(memory['resident_bytes'])} to run resident; "
-        f"from {size(memory['streamed_bytes'])} streamed, "
-        f"{size(memory['quarter_bytes'])} with a quarter of the experts in memory;\n"
-        f"        and {memory['bytes_per_token'] / 1e3:.1f} KB for each token of context\n"
-        f"time    about {minutes_of_arithmetic(plan):.0f} min of arithmetic on one stream here, "
-        f"if the disk keeps up"
+        f"memory  {size(memory['resident_bytes'])} to run resident; streamed from "
+        f"{size(memory['streamed_bytes'])}, or {size(memory['quarter_bytes'])}\n"
+        f"        with a quarter of the experts in memory; "
+        f"and {memory['bytes_per_token'] / 1e3:.1f} KB a token of context\n"
+        f"time    about {minutes_of_arithmetic(plan):.0f} min of arithmetic on one core or GPU "
+        f"here, if the disk keeps up"
     )
 
 
@@ -132,6 +132,7 @@ def plan_record(plan: Plan) -> dict:
 def print_errors(roles: dict) -> None:
     """Print conversion.json's errors by role; they are root mean squares of samples."""
     table = compact_table("role", "size", "bits", "error", "worst", "worst tensor")
+    table.columns[-1].no_wrap = False
     for role, row in roles.items():
         worst = row.get("worst", {})
         table.add_row(

@@ -78,3 +78,13 @@ def test_flags_for_repositories_only(hub, tmp_path, capsys):
     argv = ["run", str(hub), str(tmp_path / "out"), "--discard-source"]
     assert run_main(lambda: main(argv)) == 2
     assert "never deleted" in capsys.readouterr().err
+
+
+def test_a_low_mtp_override_is_warned_of(hub, tmp_path, capsys):
+    """Eight bits are not forced, but nobody goes below without having read why."""
+    recipe = tmp_path / "low.json"
+    recipe.write_text(json.dumps({"default": 4, "mtp": {"bits": 4, "group_size": 32}}))
+    assert main(["run", str(hub), str(tmp_path / "out"), "--recipe", str(recipe)]) == 0
+    assert "the recipe gives the MTP layer 4 bits" in capsys.readouterr().err
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization"]["model.layers.4.eh_proj"]["bits"] == 4
