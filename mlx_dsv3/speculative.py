@@ -151,6 +151,7 @@ class Decoder:
         state = self.state
         first = mx.array([last], mx.int32)
         drafts = self.draft(first, count)
+        mx.async_eval(drafts)  # they run while the verification's graph is built
         fed = mx.concatenate([first, drafts])
         g = self.model.hidden(fed[None], state.cache)  # (1, count + 1, D)
         chosen = self.choose(g, fed)

@@ -1,0 +1,105 @@
+"""Small models whose MTP module guesses right about half of the time, and what drafting is run on.
+
+Random MTP weights are accepted hardly ever. Here the module passes the embedding of the last token
+on (`eh_proj` = [I | noise]) and the main model's layers add little to it, so both choose mostly by
+the last token and agree more or less often, as `damping` and `noise` say (spec 7.2.3).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+import tiny
+import torch
+from mlx_folder import write_mlx
+
+from mlx_dsv3.gate import Gate
+from mlx_dsv3.load import load_model
+from mlx_dsv3.model import Model
+from mlx_dsv3.mtp import MTP
+from mlx_dsv3.sampler import Sampler
+from mlx_dsv3.speculative import Decoder, DraftStats, catch_up, decode
+from mlx_dsv3.state import State
+
+OUTPUTS = ("o_proj.weight", "down_proj.weight")
+
+
+def agreeing_tensors(config: dict, seed: int, damping: float, noise: float) -> dict:
+    """Return random tensors of a model whose MTP module often agrees with it."""
+    tensors = tiny.random_tensors(config, seed)
+    D, mtp = config["hidden_size"], f"model.layers.{config['num_hidden_layers']}."
+    for name in tensors:
+        if name.endswith(OUTPUTS):
+            tensors[name] = (tensors[name] * damping).bfloat16().float()
+    guess = torch.cat([torch.eye(D), noise * torch.randn(D, D) / D**0.5], dim=1)
+    tensors[mtp + "eh_proj.weight"] = guess.bfloat16().float()
+    tensors[mtp + "enorm.weight"] = torch.ones(D)
+    tensors[mtp + "shared_head.norm.weight"] = tensors["model.norm.weight"].clone()
+    return tensors
+
+
+@dataclass
+class Drafted:
+    """A model with its MTP module, and decoding without text around it."""
+
+    model: Model
+    mtp: MTP
+
+    def state(self) -> State:
+        return State(self.model.make_cache(), self.mtp.make_cache())
+
+    def decoder(self, state: State, sampler: Sampler | None = None) -> Decoder:
+        return Decoder(self.model, self.mtp, state, sampler or Sampler())
+
+    def feed(self, state: State, ids: list[int]) -> None:
+        """Feed ids as a prompt, without sharing anything."""
+        if not ids:
+            return
+        state.commit(ids, self.model.hidden(mx.array([ids]), state.cache))
+        catch_up(self.mtp, state)
+
+    def run(
+        self, state: State, last: int, count: int, drafts: int | Gate, sampler=None, ends=()
+    ) -> Iterator[int]:
+        """Yield tokens after `last`, with a fixed number of drafts or a gate."""
+        gate = drafts if isinstance(drafts, Gate) else Gate(fixed=drafts)
+        self.stats = DraftStats()
+        return decode(self.decoder(state, sampler), last, count, gate, set(ends), self.stats)
+
+    def tokens(self, prompt: list[int], count: int, drafts: int | Gate, sampler=None) -> list[int]:
+        """Return the tokens after a prompt, computed from an empty state."""
+        state = self.state()
+        self.feed(state, prompt[:-1])
+        return list(self.run(state, prompt[-1], count, drafts, sampler))
+
+    def assert_exact(self, state: State, bound: float = 1e-5) -> None:
+        """Check that a state is what a fresh prefill of its ids gives, rows of both caches."""
+        assert state.mtp_pairs + state.num_waiting == len(state.ids)
+        fresh, ids = self.state(), mx.array([state.ids])
+        g = self.model.hidden(ids, fresh.cache)
+        for i, (layer, expected) in enumerate(zip(state.cache, fresh.cache, strict=True)):
+            assert_rows(f"layer {i}", layer, expected, len(state.ids), bound)
+        if state.mtp_pairs:
+            pairs = min(state.mtp_pairs, len(state.ids) - 1)
+            self.mtp.states(g[:, :pairs], ids[:, 1 : pairs + 1], fresh.mtp_cache)
+            assert_rows("MTP", state.mtp_cache, fresh.mtp_cache, pairs, bound)
+        assert state.mtp_cache.offset == state.mtp_pairs
+        if state.pending:
+            assert mx.abs(state.waiting() - g[:, state.mtp_pairs :]).max().item() < bound
+
+
+def assert_rows(name: str, cache, expected, length: int, bound: float) -> None:
+    """Check the rows of a latent cache."""
+    assert cache.offset >= length and expected.offset == length, name
+    actual, expected = (np.array(c.keys[0, 0, :length]) for c in (cache, expected))
+    worst = np.abs(actual - expected).max(axis=-1)
+    assert worst.max() < bound, f"{name}: row {worst.argmax()} of {length} is off by {worst.max()}"
+
+
+def make_drafted(folder, config=tiny.A, seed=0, damping=0.2, noise=0.15, **options) -> Drafted:
+    """Write an agreeing model into a folder and load it."""
+    write_mlx(folder, config, agreeing_tensors(config, seed, damping, noise), **options)
+    model, mtp, store, _, _ = load_model(folder)
+    store.close()
+    return Drafted(model, mtp)

@@ -1,0 +1,240 @@
+"""Caches after every way to leave or to go back: equal to a fresh prefill of the ids they hold."""
+
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import mlx_lm.models.cache
+import pytest
+from drafted import Drafted, make_drafted
+from mlx_lm.models.cache import KVCache
+
+import mlx_dsv3
+from mlx_dsv3.conversation import common_prefix_length
+from mlx_dsv3.errors import UserError
+from mlx_dsv3.state import State, fingerprint, load_state
+
+PROMPT = [3, 4, 5, 150, 7]
+OTHER = [91, 92, 93, 94]
+TRACED = (str(Path(mlx_dsv3.__file__).parent), mlx_lm.models.cache.__file__)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Drafted:
+    return make_drafted(tmp_path_factory.mktemp("agreeing"), seed=1, damping=0.1)
+
+
+def started(model: Drafted, drafts: int = 2, count: int = 8) -> State:
+    """Return the state after a reply: pairs in the MTP cache, and states that wait."""
+    state = model.state()
+    model.feed(state, PROMPT[:-1])
+    for _ in model.run(state, PROMPT[-1], count, drafts):
+        pass
+    return state
+
+
+def copied(state: State) -> State:
+    def copy(cache: KVCache) -> KVCache:
+        other = KVCache()
+        other.keys, other.values = mx.array(cache.keys), mx.array(cache.values)
+        other.offset = cache.offset
+        return other
+
+    layers = [copy(cache) for cache in state.cache]
+    pending = list(state.pending)
+    return State(layers, copy(state.mtp_cache), list(state.ids), state.mtp_pairs, pending)
+
+
+def continue_with(model: Drafted, state: State, ids: list[int]) -> list[int]:
+    """Feed a prompt as a next turn would, reusing what the state shares with it; return a reply."""
+    state.rewind(min(common_prefix_length(state.ids, ids), len(ids) - 1))
+    model.feed(state, ids[len(state.ids) : -1])
+    model.assert_exact(state)
+    return list(model.run(state, ids[-1], 8, 2))
+
+
+def check_rewinds(model: Drafted) -> None:
+    """Go back to every length and go on with other ids."""
+    whole = started(model)
+    assert whole.mtp_pairs > 6 and whole.num_waiting > 1
+    for length in range(len(whole.ids) + 1):
+        state = copied(whole)
+        ids = whole.ids[:length] + OTHER
+        assert continue_with(model, state, ids) == model.tokens(ids, 8, 0)
+        model.assert_exact(state)
+
+
+def test_rewind_to_every_length(model):
+    check_rewinds(model)
+
+
+def test_mutation_prefix_reused_with_its_last_pair(model, monkeypatch):
+    """The pair of the last kept position holds the id that followed it before (spec 4.6)."""
+
+    def keep_every_pair(self, length):
+        waiting = max(length - self.mtp_pairs, 0)
+        self.pending = [self.waiting()[:, :waiting]] if waiting else []
+        self.mtp_pairs = min(self.mtp_pairs, length)
+        del self.ids[length:]
+        self.align()
+
+    monkeypatch.setattr(State, "rewind", keep_every_pair)
+    with pytest.raises(AssertionError, match="MTP: row"):
+        check_rewinds(model)
+
+
+def test_rewind_twice_without_feeding(model):
+    """A turn that failed before it fed anything must not leave a pair with its token behind."""
+    for length in range(2, 12):
+        state = started(model)
+        old = state.ids[: length + 1]
+        state.rewind(length)
+        ids = old[: len(state.ids)] + OTHER
+        assert continue_with(model, state, ids) == model.tokens(ids, 8, 0)
+
+
+@pytest.mark.parametrize("drafts", [0, 1, 4])
+def test_a_reply_left_after_any_token(model, drafts):
+    """Also between tokens of one step: ids that were not yielded are not in the state."""
+    reply = model.tokens(PROMPT, 14, drafts)
+    for taken in range(1, 14):
+        state = model.state()
+        model.feed(state, PROMPT[:-1])
+        run = model.run(state, PROMPT[-1], 14, drafts)
+        assert [next(run) for _ in range(taken)] == reply[:taken]
+        run.close()
+        state.align()
+        text = PROMPT + reply[:taken]
+        assert state.ids == text[: len(state.ids)] and len(state.ids) >= len(text) - 1
+        model.assert_exact(state)
+        assert continue_with(model, state, text) == model.tokens(text, 8, 0)
+
+
+@pytest.mark.parametrize("drafts", [1, 2, 3, 4])
+def test_end_token_and_budget_inside_accepted_drafts(model, drafts):
+    """What was accepted behind the end token is rewound, and a budget is never passed."""
+    reply = model.tokens(PROMPT, 24, 0)
+    for count in range(1, 24, 3):
+        state = model.state()
+        model.feed(state, PROMPT[:-1])
+        assert list(model.run(state, PROMPT[-1], count, drafts)) == reply[:count]
+        model.assert_exact(state)
+        assert state.ids == (PROMPT + reply)[: len(state.ids)]
+
+        end = reply[count]
+        first = reply.index(end)
+        state = model.state()
+        model.feed(state, PROMPT[:-1])
+        assert list(model.run(state, PROMPT[-1], 24, drafts, ends={end})) == reply[: first + 1]
+        model.assert_exact(state)
+        text = PROMPT + reply[: first + 1]
+        assert state.ids == text[: len(state.ids)]
+        assert continue_with(model, state, text + OTHER) == model.tokens(text + OTHER, 8, 0)
+
+
+class Interrupt:
+    """Raise KeyboardInterrupt at the n-th line of ours or of KVCache, as a signal could."""
+
+    def __init__(self, line: int):
+        self.left = line
+
+    def __call__(self, frame, event, argument):
+        if not frame.f_code.co_filename.startswith(TRACED):
+            return None
+        if event == "line":
+            self.left -= 1
+            if not self.left:
+                raise KeyboardInterrupt
+        return self
+
+    def run(self, step) -> bool:
+        """Run `step`; say whether it was interrupted."""
+        before = sys.gettrace()
+        sys.settrace(self)
+        try:
+            step()
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(before)
+        return False
+
+
+def check_interrupts(model: Drafted, drafts: int, stride: int) -> int:
+    """Interrupt three steps at every `stride`-th line; return the number of interruptions."""
+    whole, line, count = started(model), 1, 0
+    last = model.tokens(PROMPT, len(whole.ids) - len(PROMPT) + 1, 0)[-1]
+
+    def steps() -> None:
+        for _ in model.run(state, last, 3 * (drafts + 1), drafts):
+            pass
+
+    while True:
+        state = copied(whole)
+        if not Interrupt(line).run(steps):
+            return count
+        state.align()
+        model.assert_exact(state)
+        if count % 5 == 0:
+            ids = state.ids + OTHER
+            assert continue_with(model, state, ids) == model.tokens(ids, 8, 0)
+        line, count = line + stride, count + 1
+
+
+@pytest.mark.parametrize("drafts", [0, 1, 3])
+def test_ctrl_c_at_any_line(model, drafts):
+    assert check_interrupts(model, drafts, stride=97) > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drafts", [0, 1, 3])
+def test_ctrl_c_at_every_line(model, drafts):
+    assert check_interrupts(model, drafts, stride=1) > 1000
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_a_saved_state_goes_on(model, drafts, tmp_path):
+    """Caches, ids and waiting states come back; the reply after them is the same."""
+    path, model_id = tmp_path / "talk.safetensors", fingerprint(model.model)
+    for count in range(1, 6):
+        state = started(model, drafts, count)
+        state.save(path, model_id)
+        loaded = load_state(path, model_id)
+        assert loaded.ids == state.ids and loaded.mtp_pairs == state.mtp_pairs
+        model.assert_exact(loaded)
+        ids = state.ids + OTHER
+        assert continue_with(model, loaded, ids) == continue_with(model, state, ids)
+    assert [path.name for path in tmp_path.iterdir()] == ["talk.safetensors"]
+
+
+def test_states_without_drafts_and_empty_ones_are_saved(model, tmp_path):
+    path = tmp_path / "talk.safetensors"
+    state = State(model.model.make_cache())
+    state.commit(PROMPT, model.model.hidden(mx.array([PROMPT]), state.cache))
+    for saved in (state, model.state()):
+        saved.save(path, "x")
+        loaded = load_state(path, "x")
+        assert loaded.ids == saved.ids and not loaded.pending
+        assert [c.offset for c in loaded.cache] == [c.offset for c in saved.cache]
+        assert (loaded.mtp_cache is None) == (saved.mtp_cache is None)
+
+
+def test_a_state_of_another_model_is_refused(model, tmp_path):
+    """Same shapes, other weights: nothing would crash, and the reply would be nonsense."""
+    path = tmp_path / "talk.safetensors"
+    started(model).save(path, fingerprint(model.model))
+    other = make_drafted(tmp_path / "other", seed=2)
+    with pytest.raises(UserError, match="another model"):
+        load_state(path, fingerprint(other.model))
+
+
+def test_files_that_hold_no_state_are_refused(tmp_path):
+    path = tmp_path / "talk.safetensors"
+    with pytest.raises(UserError, match="cannot be read"):
+        load_state(path, "x")
+    path.write_bytes(b"text")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_state(path, "x")
+    mx.save_safetensors(str(path), {"a": mx.zeros(1)})
+    with pytest.raises(UserError, match="no saved conversation"):
+        load_state(path, "x")
