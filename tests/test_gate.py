@@ -1,0 +1,207 @@
+"""The gate on simulated steps: what it may lose, what it must win. No clock is read.
+
+Times have noise and spikes; what is compared are the true times of the steps that were chosen.
+"""
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import pytest
+
+from mlx_dsv3.gate import FIRST_STEPS, LOSS_SHARE, MAX_CREDIT, MAX_DRAFTS, START_CREDIT, Gate
+
+PLAIN_S = 0.01
+
+
+@dataclass
+class World:
+    """How long a step takes and which drafts are accepted; both by context length."""
+
+    step_s: Callable[[int, int], float]
+    rate: Callable[[int], float]
+    noise: float = 0.05  # standard deviation of a step's logarithm
+    spikes: float = 0.01  # share of steps that take 3 or 10 times as long
+
+    def run(self, gate: Gate, tokens: int, seed: int = 0, context: int = 100) -> "Run":
+        draw, run = random.Random(seed), Run()
+        while run.tokens < tokens:
+            n = context + run.tokens
+            drafts = min(gate.choose(n), tokens - run.tokens - 1)
+            accepted = 0
+            while accepted < drafts and draw.random() < self.rate(n):
+                accepted += 1
+            seconds = self.step_s(n, drafts)
+            disturbance = math.exp(draw.gauss(0, self.noise))
+            if draw.random() < self.spikes:
+                disturbance *= draw.choice([3, 10])
+            gate.record(n, drafts, seconds * disturbance, accepted)
+            run.seconds += seconds
+            run.plain_s += sum(self.step_s(n + i, 0) for i in range(accepted + 1))
+            run.tokens += accepted + 1
+            run.steps[drafts] += 1
+        return run
+
+    def speed_ups(self, tokens: int, context: int = 100, seeds: int = 40) -> list[float]:
+        return sorted(self.run(Gate(), tokens, seed, context).speed_up for seed in range(seeds))
+
+    def best(self, context: int = 100) -> float:
+        """Return the speed-up of the best fixed number of drafts."""
+        rate, plain = self.rate(context), self.step_s(context, 0)
+        tokens = [sum(rate**i for i in range(k + 1)) for k in range(MAX_DRAFTS + 1)]
+        return max(plain * tokens[k] / self.step_s(context, k) for k in range(MAX_DRAFTS + 1))
+
+
+class Run:
+    def __init__(self):
+        self.seconds = self.plain_s = 0.0
+        self.tokens = 0
+        self.steps = [0] * (MAX_DRAFTS + 1)
+
+    @property
+    def speed_up(self) -> float:
+        return self.plain_s / self.seconds
+
+
+def constant(ratio: float, rate: float, **options) -> World:
+    """Return a world where each draft costs `ratio` - 1 plain steps."""
+    return World(lambda n, k: PLAIN_S * (1 + (ratio - 1) * k), lambda n: rate, **options)
+
+
+@pytest.mark.parametrize("ratio", [1.1, 1.2, 1.3, 1.5, 2.0, 2.5])
+def test_a_module_that_is_noise_costs_at_most_3_percent(ratio):
+    """Every draft in vain, first reply of a new gate, 200 tokens."""
+    speed_ups = constant(ratio, 0.0).speed_ups(200)
+    assert speed_ups[0] >= 0.97 and median(speed_ups) >= 0.98
+
+
+@pytest.mark.parametrize("ratio", [1.05, 1.3, 2.0, 4.0])
+@pytest.mark.parametrize("rate", [0.0, 0.3, 0.6])
+def test_the_stated_bound_holds(ratio, rate):
+    """Without noise it is exact; `MAX_CREDIT` counts only where something had been saved."""
+    for tokens in (60, 200, 1000):
+        for seed in range(10):
+            run = constant(ratio, rate, noise=0, spikes=0).run(Gate(), tokens, seed)
+            lost = (run.seconds - run.plain_s) / PLAIN_S
+            first = FIRST_STEPS * (ratio - 1)
+            assert lost <= first + START_CREDIT + LOSS_SHARE * run.seconds / PLAIN_S
+
+
+def test_what_was_saved_before_is_lost_again_at_most_once():
+    """Acceptance ends for good: the loss from there on is bounded by MAX_CREDIT."""
+    for seed in range(20):
+        world = World(lambda n, k: PLAIN_S * (1 + 0.3 * k), lambda n: 0.9, noise=0, spikes=0)
+        gate = Gate()
+        world.run(gate, 400, seed)
+        world.rate = lambda n: 0.0
+        run = world.run(gate, 400, seed, context=500)
+        lost = (run.seconds - run.plain_s) / PLAIN_S
+        assert lost <= MAX_CREDIT + LOSS_SHARE * run.seconds / PLAIN_S
+
+
+@pytest.mark.parametrize("ratio", [1.1, 1.2, 1.3, 1.5])
+@pytest.mark.parametrize("rate", [0.6, 0.85, 0.95])
+def test_drafts_that_pay_are_used(ratio, rate):
+    """Within 12 % of the best fixed number of drafts over 600 tokens, search included."""
+    world = constant(ratio, rate)
+    assert median(world.speed_ups(600)) >= 0.88 * world.best()
+
+
+def test_a_gate_that_lives_on_has_no_search_to_pay():
+    world, gate = constant(1.3, 0.0), Gate()
+    world.run(gate, 300)
+    speed_ups = [world.run(gate, 60, seed).speed_up for seed in range(20)]
+    assert median(speed_ups) >= 0.985 and min(speed_ups) >= 0.96
+
+
+def test_very_noisy_times():
+    """A busy machine: 30 % noise, 5 % of the steps many times too long."""
+    losing = constant(1.3, 0.0, noise=0.3, spikes=0.05).speed_ups(600)
+    assert losing[0] >= 0.9 and median(losing) >= 0.97
+    winning = constant(1.3, 0.85, noise=0.3, spikes=0.05)
+    assert median(winning.speed_ups(600)) >= 0.85 * winning.best()
+
+
+def test_spikes_in_the_first_measurements_do_not_decide_for_good():
+    """One draft step of ten times its length, when there is nothing else to compare with."""
+
+    class Disturbed(World):
+        def run(self, gate, tokens, seed=0, context=100):
+            for drafts, seconds in ((1, 0.13), (1, 0.014)):
+                gate.choose(context)
+                gate.record(context, drafts, seconds, 1)
+            return super().run(gate, tokens, seed, context)
+
+    world = Disturbed(lambda n, k: PLAIN_S * (1 + 0.3 * k), lambda n: 0.85)
+    assert world.speed_ups(600)[0] >= 1.2
+
+
+def test_context_growth_turns_drafts_off():
+    """Verification pays attention for every row: a number that won at 2k loses at 30k."""
+    world = World(lambda n, k: PLAIN_S + k * (0.002 + 0.01 * n / 4000), lambda n: 0.85)
+    assert world.run(Gate(), 1500).steps[0] < 100
+    late = world.run(Gate(), 1500, context=30000)
+    assert late.steps[0] > 1400 and late.speed_up > 0.98
+    assert world.speed_ups(9000, seeds=3)[0] >= 1.03
+
+
+def test_a_longer_context_is_compared_with_itself():
+    """Everything takes longer there: neither side may be judged by times of a short context."""
+    world = World(lambda n, k: PLAIN_S * (1 + n / 4000) * (1 + 0.3 * k), lambda n: 0.85)
+    for seed in range(10):
+        gate = Gate()
+        world.run(gate, 300, seed)
+        assert world.run(gate, 300, seed, context=60000).speed_up >= 1.4
+
+
+def test_acceptance_that_comes_and_goes():
+    """Text that cannot be guessed, then text that can: the gate finds back to drafts."""
+    rise = World(lambda n, k: PLAIN_S * (1 + 0.3 * k), lambda n: 0.9 if n > 400 else 0.0)
+    assert rise.speed_ups(1500, seeds=15)[0] >= 1.4
+    fall = World(lambda n, k: PLAIN_S * (1 + 0.3 * k), lambda n: 0.9 if n < 400 else 0.0)
+    assert fall.speed_ups(1000)[0] >= 1.05
+
+
+def test_a_machine_that_slows_down_for_a_while():
+    """Twice as slow between 500 and 900 tokens: both sides, so nothing should change for long."""
+
+    def step_s(n, k):
+        return PLAIN_S * (1 if n < 500 or n > 900 else 2) * (1 + 0.3 * k)
+
+    assert World(step_s, lambda n: 0.85).speed_ups(1500, seeds=15)[0] >= 1.35
+    assert World(step_s, lambda n: 0.0).speed_ups(1500, seeds=15)[0] >= 0.97
+
+
+def test_extra_reads_count():
+    """Streamed experts: two rows read nearly twice as much, so a step takes 1.9 plain ones."""
+    run = constant(1.9, 0.8).run(Gate(), 600)
+    assert run.speed_up >= 0.98 and run.steps[0] > 550
+
+
+def test_first_step_drafts_one_and_limits_are_respected():
+    assert Gate().choose(100) == 1
+    gate = Gate(max_drafts=2)
+    run = constant(1.01, 0.98).run(gate, 400)
+    assert run.steps[3] == run.steps[4] == 0 and run.steps[2] > 80
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_fixed_stays_fixed(drafts):
+    gate = Gate(fixed=drafts)
+    assert constant(3.0, 0.0).run(gate, 50).steps[drafts] >= 48
+
+
+def test_replies_of_one_token_teach_nothing_and_break_nothing():
+    """The last token of a budget is never drafted for, whatever the gate wished."""
+    world, gate = constant(1.3, 0.85), Gate()
+    for seed in range(30):
+        world.run(gate, 1, seed)
+    assert world.run(gate, 300).speed_up > 1.2
+
+
+def test_plain_time_is_known_for_the_statistics():
+    gate = Gate()
+    constant(1.3, 0.85, spikes=0).run(gate, 300)
+    assert gate.step_s(200, 0) == pytest.approx(PLAIN_S, rel=0.1)
