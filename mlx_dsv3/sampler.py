@@ -8,9 +8,15 @@ were computed: alone, in a batch of drafts, or after a resumed prompt.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import mlx.core as mx
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
+
+
+def gumbel(size: int, key: mx.array) -> mx.array:
+    """Return the noise of one position from its key (2,): (seed, position)."""
+    return mx.random.gumbel((size,), key=key)
 
 
 @dataclass
@@ -37,10 +43,10 @@ class Sampler:
             logprobs = apply_top_k(logprobs, self.top_k)
         return logprobs
 
-    def noise(self, position: int, size: int) -> mx.array:
-        """Return the Gumbel noise (1, size) of one position."""
-        key = mx.array([self.seed & 0xFFFFFFFF, position], mx.uint32)
-        return mx.random.gumbel((1, size), key=key)
+    def noise(self, position: int, rows: int, size: int) -> mx.array:
+        """Return the Gumbel noise (rows, size) of the positions from `position` on."""
+        keys = [[self.seed & 0xFFFFFFFF, position + i] for i in range(rows)]
+        return mx.vmap(partial(gumbel, size))(mx.array(keys, mx.uint32))
 
     def penalized(self, logits: mx.array, ids: mx.array) -> mx.array:
         """Return logits (rows, vocabulary) after the penalties; row i sees the ids before it."""
@@ -67,6 +73,5 @@ class Sampler:
         if self.temp == 0:
             return mx.argmax(logits, axis=-1)
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        rows, size = logits.shape
-        noise = mx.concatenate([self.noise(position + i, size) for i in range(rows)])
+        noise = self.noise(position, *logits.shape)
         return mx.argmax(self.filtered(logprobs) / self.temp + noise, axis=-1)

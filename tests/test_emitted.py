@@ -1,0 +1,123 @@
+"""What `decode` emits is distributed as the sampler says, drafts or not; a wrong rule is noticed.
+
+The model is a `Model` without layers, the MTP module a table: both choose by the last token alone,
+so the exact joint distribution of the first two tokens is known. Every seed is decoded for itself,
+through draft, verification and acceptance.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+import tiny
+from chi_square import agrees, distribution
+from mlx_lm.models.cache import KVCache
+from test_sampler import SETTINGS
+
+from mlx_dsv3.config import ModelArgs
+from mlx_dsv3.gate import Gate
+from mlx_dsv3.model import Model
+from mlx_dsv3.sampler import Sampler
+from mlx_dsv3.speculative import Decoder, DraftStats, decode
+from mlx_dsv3.state import State
+
+SIZE, LAST = 6, 2
+FEW, MANY = 4_000, 20_000  # seeds in `make test` and in the slow lane
+
+
+class Table(nn.Module):
+    """Drafts by the last token alone, from another table than the model's."""
+
+    def __init__(self, model: Model):
+        super().__init__()
+        weight = model.model.embed_tokens.weight
+        self.embed = nn.Embedding(*weight.shape)
+        self.embed.weight = weight + 0.5 * mx.random.normal(weight.shape)
+
+    def states(self, g: mx.array, next_ids: mx.array, cache) -> mx.array:
+        return self.embed(next_ids)
+
+
+@pytest.fixture
+def models() -> tuple[Model, Table]:
+    sizes = {"num_hidden_layers": 0, "first_k_dense_replace": 0}
+    args = tiny.A | sizes | {"vocab_size": SIZE, "hidden_size": 8}
+    model = Model(ModelArgs.from_dict(args))
+    model.model.embed_tokens.weight = mx.random.normal((SIZE, 8))
+    model.lm_head.weight = mx.random.normal((SIZE, 8))
+    table = Table(model)
+    mx.eval(model.parameters(), table.parameters())
+    return model, table
+
+
+def joint_counts(models, options: dict, drafts: int, seeds: int) -> tuple[np.ndarray, list[int]]:
+    """Return counts (SIZE, SIZE) of the first two tokens, and how many drafts were accepted."""
+    model, table = models
+    g, counts, stats = model.hidden(mx.array([[0]])), np.zeros((SIZE, SIZE)), DraftStats()
+    for seed in range(seeds):
+        state = State([], KVCache())
+        state.commit([0], g)
+        decoder = Decoder(model, table, state, Sampler(seed=seed, **options))
+        first, second, *_ = decode(decoder, LAST, drafts + 1, Gate(fixed=drafts), set(), stats)
+        counts[first, second] += 1
+    return counts, stats.accepted
+
+
+def joint_distribution(models, options: dict) -> np.ndarray:
+    logits = np.array(models[0](mx.arange(SIZE)[None])[0])
+    rows = np.stack([distribution(row, **options) for row in logits])
+    return rows[LAST][:, None] * rows
+
+
+def assert_right(models, options: dict, drafts: int, seeds: int) -> None:
+    counts, accepted = joint_counts(models, options, drafts, seeds)
+    expected = joint_distribution(models, options)
+    assert agrees(counts, expected)
+    assert agrees(counts.sum(1), expected.sum(1)) and agrees(counts.sum(0), expected.sum(0))
+    assert all(0.05 * seeds < count < 0.95 * seeds for count in accepted[:1])
+
+
+@pytest.mark.parametrize("name", ["temperature", "all"])
+def test_emitted_tokens(models, name):
+    """First and second position, jointly: the second is verified in one pass with the first."""
+    assert_right(models, SETTINGS[name], 1, FEW)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drafts", [1, 2])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_emitted_tokens_of_every_setting(models, name, drafts):
+    assert_right(models, SETTINGS[name], drafts, MANY)
+
+
+def accept_all(self, last: int, count: int) -> tuple[list[int], int]:
+    """Emit the drafts unverified: the MTP module's distribution."""
+    drafts = self.draft(mx.array([last], mx.int32), count)
+    fed = mx.concatenate([mx.array([last], mx.int32), drafts])
+    g = self.model.hidden(fed[None], self.state.cache)
+    tokens = [*drafts.tolist(), self.choose(g, fed)[-1].item()]
+    self.state.commit([last, *tokens[:-1]], g, paired=True)
+    return tokens, count
+
+
+def draw_again(self, last: int, count: int) -> tuple[list[int], int]:
+    """After a rejection, draw with other noise instead of emitting what rejected the draft."""
+    tokens, accepted = right_speculate(self, last, count)
+    if accepted < count:
+        row = len(tokens) - 1
+        other = Sampler(temp=self.sampler.temp, seed=self.sampler.seed + 1_000_000)
+        fed = mx.array([[last, *tokens][row]])
+        tokens[row] = other(self.model(fed[None])[0], len(self.state.ids)).item()
+    return tokens, accepted
+
+
+right_speculate = Decoder.speculate
+
+
+@pytest.mark.parametrize("rule", [accept_all, draw_again])
+def test_a_wrong_rule_is_rejected(models, monkeypatch, rule):
+    monkeypatch.setattr(Decoder, "speculate", rule)
+    options = SETTINGS["temperature"]
+    counts, _ = joint_counts(models, options, 1, FEW)
+    expected = joint_distribution(models, options)
+    assert not agrees(counts, expected) and not agrees(counts.sum(1), expected.sum(1))
