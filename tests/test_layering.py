@@ -11,13 +11,13 @@ ROOT = Path(__file__).parents[1]
 # A module of mlx_dsv3 may import those of earlier rows. A new module must be given a row.
 ROWS = [
     {"errors"},
-    {"config", "headers", "conversation", "linear", "sampler", "state", "gate"},
+    {"config", "headers", "conversation", "linear", "sampler", "state", "gate", "differences"},
     {"rope", "expert_files"},
     {"mla", "moe", "expert_store"},
     {"model", "memory"},
     {"mtp"},
-    {"load", "speculative"},
-    {"generate"},
+    {"load", "speculative", "replay"},
+    {"generate", "bounds"},
     {"parity"},
 ]
 NO_TENSORS = {"errors", "config", "headers", "conversation"}

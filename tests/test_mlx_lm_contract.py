@@ -34,8 +34,6 @@ ROOT = Path(__file__).parents[1]
 CONTRACT = {
     "mlx_lm.models.activations.swiglu",
     "mlx_lm.models.cache.KVCache",
-    "mlx_lm.models.cache.load_prompt_cache",
-    "mlx_lm.models.cache.save_prompt_cache",
     "mlx_lm.models.mla.MultiLinear",
     "mlx_lm.sample_utils.apply_min_p",
     "mlx_lm.sample_utils.apply_top_k",
