@@ -73,7 +73,10 @@ class ModelArgs:
         missing = [name for name in required if config.get(name) is None]
         if missing:
             raise UserError(f"config.json lacks `{missing[0]}`", _HUB_CONFIG_HINT)
-        args = cls(**{name: config[name] for name in names if name in config})
+        given = {name: config[name] for name in names if config.get(name) is not None}
+        for field in fields(cls):
+            _check_type(field.name, field.type, given.get(field.name))
+        args = cls(**given)
         args.check()
         return args
 
@@ -118,6 +121,13 @@ class ModelArgs:
             _refuse("rope_scaling.type", self.rope_scaling["type"], "only `yarn` is implemented")
 
 
+def _check_type(name: str, wanted: type, value) -> None:
+    """Refuse a word where a number must be: it would fail far from here, or count as true."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is not None and wanted in (int, float, int | None) and not is_number:
+        _refuse(name, value, "a number is needed")
+
+
 _HUB_CONFIG_HINT = "copy config.json from the model's page on the hub"
 
 
@@ -133,7 +143,10 @@ def _translate_rope(config: dict) -> None:
         scaling = parameters
     if scaling:
         scaling = dict(scaling)
-        scaling["type"] = scaling.pop("rope_type", None) or scaling.get("type", "default")
+        kind = scaling.pop("rope_type", None) or scaling.get("type")
+        if kind is None and "factor" in scaling:
+            raise UserError("config.json lacks `rope_scaling.type`", _HUB_CONFIG_HINT)
+        scaling["type"] = kind or "default"
     if not scaling or scaling["type"] == "default":
         config["rope_scaling"] = None
         return

@@ -213,6 +213,11 @@ def open_folder(path: str | Path) -> Folder:
     tensors = read_headers(weight_files(path))
     check_index(path, tensors)
     sidecar = read_header(path / SIDECAR) if (path / SIDECAR).is_file() else {}
+    if any(name.startswith(f"model.layers.{args.num_hidden_layers}.") for name in tensors):
+        raise UserError(
+            f"`{path}` is a hub checkpoint (its shards hold the MTP layer), not an MLX folder",
+            CONVERT_HINT.format(path),
+        )
     return Folder(path, config, args, tensors, sidecar)
 
 
@@ -220,6 +225,18 @@ def plan_memory(path: str | Path, *, dtype: mx.Dtype | None = None, **options) -
     """Return the memory plan of an MLX folder, from headers alone; see `memory.make_plan`."""
     folder = open_folder(path)
     return make_plan(folder.every, folder.args, dtype or default_dtype(), **options)
+
+
+def fill_model(folder: Folder, store: ExpertStore, dtype: mx.Dtype) -> tuple[Model, MTP | None]:
+    """Build model and MTP module and bring their weights in."""
+    model = Model(folder.args)
+    weights = cast_weights(split_kv_b(load_trunk(folder.tensors), folder.args), dtype)
+    fill(model, weights, str(folder.path))
+    join_layers(model)
+    for i, layer in enumerate(model.layers):
+        if isinstance(layer.mlp, MoE):
+            layer.mlp.bank = store.open_layer(i)
+    return model, load_mtp(folder, model, store, dtype) if folder.sidecar else None
 
 
 def load_model(
@@ -240,14 +257,11 @@ def load_model(
     args = folder.args
     plan = plan or make_plan(folder.every, args, dtype, **options)
     store = ExpertStore(folder.every, args, dtype, plan.slots)
-    model = Model(args)
-    weights = cast_weights(split_kv_b(load_trunk(folder.tensors), args), dtype)
-    fill(model, weights, str(folder.path))
-    join_layers(model)
-    for i, layer in enumerate(model.layers):
-        if isinstance(layer.mlp, MoE):
-            layer.mlp.bank = store.open_layer(i)
-    mtp = load_mtp(folder, model, store, dtype) if folder.sidecar else None
+    try:
+        model, mtp = fill_model(folder, store, dtype)
+    except BaseException:
+        store.close()
+        raise
     if mx.metal.is_available():  # without it macOS pages weights out: up to 88 times slower
         mx.set_wired_limit(available_bytes())
         mx.set_cache_limit(BUFFER_CACHE_BYTES)

@@ -159,3 +159,13 @@ def test_config_file(tmp_path):
         read_config(tmp_path)
     with pytest.raises(UserError, match="is no folder"):
         read_config(tmp_path / "absent")
+
+
+def test_null_counts_as_absent_and_words_are_no_numbers():
+    """`n_group: null` means one group; `"8"` would compare and multiply as text."""
+    assert ModelArgs.from_dict(tiny.A | {"n_group": None, "topk_group": None}).n_group == 1
+    with pytest.raises(UserError, match="`num_hidden_layers` = `four`; a number is needed"):
+        ModelArgs.from_dict(tiny.A | {"num_hidden_layers": "four"})
+    scaling = {key: value for key, value in tiny.YARN.items() if key != "type"}
+    with pytest.raises(UserError, match="lacks `rope_scaling.type`"):
+        ModelArgs.from_dict(tiny.A | {"rope_scaling": scaling})
