@@ -7,6 +7,7 @@ import pytest
 from drafted import Drafted, make_drafted
 from mlx_lm.sample_utils import make_logits_processors
 
+from benchmarks import bench_attention
 from mlx_dsv3.gate import MAX_DRAFTS, Gate
 from mlx_dsv3.sampler import Sampler
 from mlx_dsv3.speculative import Decoder
@@ -191,6 +192,14 @@ def test_mutation_rejected_rows_left_in_the_main_cache(often, monkeypatch):
 
     monkeypatch.setattr(Decoder, "speculate", without_trim)
     assert fails(run_checking, often, 2)
+
+
+def test_verification_at_2048_tokens_takes_20_mb():
+    """True V3 attention, one layer, 2 tokens, also where the cache has to grow (mlx-lm: 270 MB)."""
+    ours, _, x = bench_attention.make_sides(context=2048, queries=2)
+    _, _, growing = bench_attention.run(ours, x)
+    _, _, grown = bench_attention.run(ours, x)
+    assert ours.cache.keys.shape[2] == 2304 and grown <= growing <= 20_000_000
 
 
 def test_every_host_synchronisation_is_counted(often, monkeypatch):
