@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from convert import writer
+from convert import destination, writer
 from convert.__main__ import main
 from convert.outputs import OutputFile, Part, Target, Unit
 from mlx_dsv3.errors import run_main
@@ -113,8 +113,8 @@ def test_full_disk_at_many_calls(hub, tmp_path, monkeypatch, capsys, name):
 
 
 @pytest.mark.slow
-def test_full_disk_for_real(hub, tmp_path, capsys):
-    """A small tmpfs fills up, is enlarged, and the same command ends well."""
+def test_full_disk_for_real(hub, tmp_path, monkeypatch, capsys):
+    """A small tmpfs is refused, fills up all the same, is enlarged, and the command ends well."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)]
@@ -122,6 +122,10 @@ def test_full_disk_for_real(hub, tmp_path, capsys):
         pytest.skip("mounting needs root")
     try:
         assert convert(hub, disk / "out") == 2
+        assert "needs 0.9 MB on the disk of" in capsys.readouterr().err
+        with monkeypatch.context() as blind:  # as when somebody else fills the disk meanwhile
+            blind.setattr(destination.Destination, "check_space", lambda *args: None)
+            assert convert(hub, disk / "out") == 2
         assert "is full" in capsys.readouterr().err
         subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
         assert convert(hub, disk / "out") == 0
