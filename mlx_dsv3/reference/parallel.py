@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.reference.fp8 import BLOCK
+from mlx_dsv3.reference.fp8 import BLOCK, dequantize
 from mlx_dsv3.reference.model import Args, Model, MoE, add_expert, at_least_float32
 from mlx_dsv3.reference.weights import Arithmetic, HubTensors, Stored, fill
 
@@ -87,7 +87,7 @@ def cut(name: str, stored: Stored, dim: int, rows: range, arithmetic: Arithmetic
     """
     tensor, scale = stored
     if scale is not None and not arithmetic.keeps_fp8(name):
-        tensor, scale = arithmetic.operations.dequantize(tensor, scale, BLOCK), None
+        tensor, scale = dequantize(tensor, scale), None  # on the CPU, where it was read
     if scale is not None:
         if rows.start % BLOCK or (rows.stop % BLOCK and rows.stop != tensor.shape[dim]):
             raise UserError(

@@ -1,0 +1,200 @@
+"""What a replay may differ by: one table, by recipe, arithmetic and dtype, and the verdict.
+
+Each row is one source of difference alone; the bound of a replay adds those that apply, squares
+for errors. Rows hold for the free and for the teacher-forced replay.
+
+All rows come from the demo model (`benchmarks/bench_parity.py`; figures in `docs/parity.md`): the
+largest value seen, times 1.5, rounded up, and room for one rerouted position. A larger model has
+not been measured; for more stages than the demo has, bounds grow with the root of the depth, a
+guess.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from mlx_dsv3.differences import Stage, Text
+from mlx_dsv3.errors import UserError
+from mlx_dsv3.replay import Result
+
+DEMO_STAGES = 14
+
+
+class Bound(NamedTuple):
+    """Largest differences: of a stage, of routing, and of text.
+
+    `error`, `worst` and `channel` are as in `differences.Stage`. `tie` is the router margin below
+    which another choice is no difference; `rerouted` is the share of other choices above it. `kl`
+    is the mean divergence in nats, `perplexity` the relative difference of perplexities, `top1`
+    the share of positions with another best token where golden's is ahead by 0.5 nats.
+    """
+
+    error: float
+    worst: float
+    channel: float
+    tie: float
+    rerouted: float
+    kl: float
+    perplexity: float
+    top1: float
+
+
+NOTHING = Bound(0, 0, 0, 0, 0, 0, 0, 0)
+FLOAT32 = Bound(1e-4, 1e-4, 1e-4, 1e-5, 0, 1e-4, 1e-4, 0)
+RECIPES = {  # error, worst, channel, tie, rerouted, kl, perplexity, top1
+    "float32": FLOAT32,
+    "bf16": FLOAT32,  # the same numbers, stored narrower
+    "q8": Bound(0.02, 0.02, 0.025, 0.01, 0, 4e-4, 3e-3, 0),
+    "q6": Bound(0.04, 0.25, 0.1, 0.02, 0.01, 1.2e-3, 0.012, 0.01),
+    "q4": Bound(0.15, 0.35, 0.25, 0.04, 0.1, 0.02, 0.035, 0.01),
+    "q3": Bound(0.3, 0.5, 0.65, 0.04, 0.08, 0.06, 0.12, 0.04),
+    "q2": Bound(0.65, 0.95, 1.2, 0.04, 0.25, 0.3, 0.25, 0.17),
+    "mxfp4": Bound(0.2, 0.4, 0.4, 0.04, 0.02, 0.025, 0.035, 0.02),
+    "q4-mixed": Bound(0.12, 0.25, 0.15, 0.04, 0.01, 2e-3, 7e-3, 0.01),
+    "q3-mixed": Bound(0.26, 0.35, 0.32, 0.04, 0.02, 0.01, 0.025, 0.02),
+    "q2-mixed": Bound(0.55, 0.7, 0.7, 0.04, 0.05, 0.045, 0.04, 0.035),
+}
+ARITHMETIC = {
+    "float32": NOTHING,
+    "bf16": Bound(0.025, 0.15, 0.08, 0.01, 0.005, 1e-3, 5e-3, 0.01),
+    "fp8": Bound(0.08, 0.26, 0.11, 0.02, 0.01, 3.5e-3, 8e-3, 0.01),
+}
+ACTIVATIONS = {
+    "float32": NOTHING,
+    # Of MLX's CPU backend: the difference of q8 and q6 between both dtypes. No GPU was measured.
+    "bfloat16": Bound(0.08, 0.3, 0.12, 0.01, 0.02, 0.02, 0.055, 0.02),
+}
+# A golden state is rounded to BF16 once more after a stage that does little else.
+ROUNDING = Bound(5e-3, 1e-2, 1e-2, 0, 0, 0, 0, 0)
+NORMS = ("final norm", "MTP norm")  # never quantised
+UNQUANTIZED = ("embedding", "MTP input", *NORMS)  # no FP8 in the original arithmetic
+TOP1_GAP = 0.5  # nats
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where a replay may differ from: recipe, arithmetic of the golden file, our activations."""
+
+    recipe: str
+    arithmetic: str
+    activations: str
+    teacher_forced: bool = False
+
+    def bound(self, stage: str = "") -> Bound:
+        """Return the bound of a stage, or of the text; forced stages answer for themselves."""
+        recipe, arithmetic = RECIPES[self.recipe], ARITHMETIC[self.arithmetic]
+        if self.teacher_forced and stage in UNQUANTIZED and self.arithmetic != "float32":
+            arithmetic = ROUNDING
+        if self.teacher_forced and stage in NORMS:
+            recipe = FLOAT32
+        return combine(recipe, arithmetic, ACTIVATIONS[self.activations])
+
+
+def recipe_of(conversion: dict | None, config: dict) -> str:
+    """Return the name of the row that fits a folder: its recipe, else its bits.
+
+    `conversion` is the contents of conversion.json, None for a folder converted elsewhere. Raises
+    `UserError` where no row is near.
+    """
+    name = (conversion or {}).get("recipe", {}).get("name")
+    if name in RECIPES:
+        return name
+    quantization = config.get("quantization")
+    if not quantization:
+        return "bf16"
+    name = f"q{quantization['bits']}"
+    if quantization.get("mode", "affine") != "affine":
+        name = quantization["mode"]
+    if name not in RECIPES:
+        raise UserError(
+            f"there are no bounds for quantisation `{name}`",
+            f"`--bounds NAME` takes those of one of {', '.join(RECIPES)}",
+        )
+    return name
+
+
+def combine(*rows: Bound) -> Bound:
+    """Return the bound where all these sources of difference apply."""
+    columns = Bound(*zip(*rows, strict=True))
+    square = [math.hypot(*column) for column in columns]
+    return Bound(*square)._replace(
+        tie=max(columns.tie),
+        rerouted=sum(columns.rerouted),
+        kl=sum(columns.kl),
+        top1=sum(columns.top1),
+    )
+
+
+@dataclass(frozen=True)
+class Breach:
+    """One number that left its bound; `where` is a stage, or whose text."""
+
+    where: str
+    what: str
+    value: float
+    bound: float
+
+    def __str__(self) -> str:
+        return f"{self.where} left its bound: {self.what} {self.value:.2g} (bound {self.bound:.2g})"
+
+
+class Verdict:
+    """A result against what its sources of difference allow."""
+
+    def __init__(self, result: Result, sources: Sources):
+        self.result, self.sources = result, sources
+        self.breaches = [breach for stage in result.stages.values() for breach in self.judge(stage)]
+        self.breaches += judge_text("the text", result.text, sources.bound())
+        if result.mtp_text is not None:
+            text = judge_text("the MTP module's text", result.mtp_text, sources.bound())
+            self.breaches += text
+
+    def bound(self, name: str) -> Bound:
+        """Return a stage's bound, grown with the root of the depth beyond the demo's."""
+        bound = self.sources.bound(name)
+        depth = list(self.result.stages).index(name)
+        if self.sources.teacher_forced or depth <= DEMO_STAGES:
+            return bound
+        growth = math.sqrt(depth / DEMO_STAGES)
+        grown = {what: growth * getattr(bound, what) for what in STAGE_MEASURES}
+        return bound._replace(**grown)
+
+    def judge(self, stage: Stage) -> list[Breach]:
+        """Return what of a stage is out of bounds."""
+        bound, values = self.bound(stage.name), {}
+        agreement = stage.agreement(bound.tie)
+        for what in STAGE_MEASURES[:3]:
+            values[what] = getattr(stage, what)
+        values["rerouted"] = 0.0 if agreement is None else 1 - agreement
+        return breaches(stage.name, values, bound)
+
+
+def breaches(where: str, values: dict[str, float], bound: Bound) -> list[Breach]:
+    return [
+        Breach(where, LONG_NAMES[what], value, getattr(bound, what))
+        for what, value in values.items()
+        if not value <= getattr(bound, what)
+    ]
+
+
+STAGE_MEASURES = ("error", "worst", "channel", "rerouted")
+LONG_NAMES = {
+    "error": "mean row error",
+    "worst": "worst row error",
+    "channel": "worst channel error",
+    "rerouted": "other experts outside ties",
+    "kl": "mean KL divergence",
+    "perplexity": "relative difference of perplexity",
+    "top1": "other best tokens outside ties",
+}
+
+
+def judge_text(where: str, text: Text, bound: Bound) -> list[Breach]:
+    """Return what of the logits' numbers is out of bounds."""
+    ours, golden = text.perplexities
+    values = {
+        "kl": text.kl,
+        "perplexity": abs(ours / golden - 1),
+        "top1": 1 - text.top1_outside(TOP1_GAP),
+    }
+    return breaches(where, values, bound)

@@ -1,0 +1,175 @@
+"""Replay a golden file: run an MLX model half-layer by half-layer and measure each difference.
+
+Two ways. *Free*: the model runs as it would, its differences pile up, and the first stage out of
+bounds is the place to look. *Teacher-forced*: each half-layer gets the golden input, so that one
+wrong layer stands alone; that needs a recording of all positions. A stage is the embedding, the
+attention or the MLP of a layer, the final norm, or a step of the MTP module. Nothing here knows
+what is acceptable (`bounds.py`).
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_dsv3.config import ModelArgs
+from mlx_dsv3.differences import Stage, Text
+from mlx_dsv3.errors import UserError
+from mlx_dsv3.model import DecoderLayer, Model
+from mlx_dsv3.moe import MoE
+from mlx_dsv3.mtp import MTP
+
+FORMAT = "1"
+HEAD_ROWS = 128  # positions whose logits are alive at once
+RECORD_HINT = "`python -m mlx_dsv3.reference.record SOURCE GOLDEN --prompt-file TEXT` writes one"
+SAME_SHAPE = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "kv_lora_rank",
+    "n_routed_experts",
+    "num_experts_per_tok",
+)
+
+
+@dataclass
+class Golden:
+    """A golden file: metadata, and the tensors of each prompt without their number."""
+
+    about: dict[str, str]
+    prompts: list[dict[str, mx.array]]
+
+    @property
+    def has_every_state(self) -> bool:
+        return all(len(prompt["positions"]) == len(prompt["ids"]) for prompt in self.prompts)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(prompt["ids"]) for prompt in self.prompts)
+
+
+def read_golden(path: str | Path) -> Golden:
+    """Read a golden file; raise `UserError` for anything else."""
+    if not Path(path).is_file():
+        raise UserError(f"`{path}` is no file", RECORD_HINT)
+    try:
+        tensors, about = mx.load(str(path), return_metadata=True)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"`{path}` is no safetensors file: {error}", RECORD_HINT) from None
+    if about.get("format") != FORMAT or "0.ids" not in tensors:
+        raise UserError(f"`{path}` is no golden file of format {FORMAT}", RECORD_HINT)
+    prompts: dict[int, dict] = {}
+    for name, tensor in tensors.items():
+        number, _, rest = name.partition(".")
+        prompts.setdefault(int(number), {})[rest] = tensor
+    return Golden(about, [prompts[p] for p in sorted(prompts)])
+
+
+def check_same_model(golden: dict, args: ModelArgs, folder: str) -> None:
+    """Refuse a golden config whose dimensions are not the model's."""
+    for name in SAME_SHAPE:
+        theirs, ours = golden.get(name), getattr(args, name)
+        if theirs != ours:
+            raise UserError(
+                f"the golden file is of another model: its `{name}` is {theirs}, "
+                f"that of `{folder}` is {ours}",
+                "record the checkpoint that the folder was converted from",
+            )
+
+
+@dataclass
+class Result:
+    """What a replay found, stage by stage and in the text."""
+
+    stages: dict[str, Stage] = field(default_factory=dict)
+    text: Text = field(default_factory=Text)
+    mtp_text: Text | None = None
+    accepted: list[bool] = field(default_factory=list)  # greedy drafts equal to the main model's
+    golden_accepted: list[bool] = field(default_factory=list)
+
+    def stage(self, name: str) -> Stage:
+        return self.stages.setdefault(name, Stage(name))
+
+
+class Replay:
+    """One model against one golden file."""
+
+    def __init__(self, model: Model, mtp: MTP | None, golden: Golden, teacher_forced: bool):
+        if teacher_forced and not golden.has_every_state:
+            raise UserError(
+                "`--teacher-forced` needs the states of every position",
+                "record with `--states all`",
+            )
+        self.model, self.mtp, self.golden = model, mtp, golden
+        self.teacher_forced = teacher_forced
+        self.result = Result()
+
+    def run(self) -> Result:
+        for prompt in self.golden.prompts:
+            ids, result = prompt["ids"][None], self.result
+            g = self.decoder(prompt, ids)
+            chosen = self.head(g, prompt, "", ids[0, 1:], result.text)
+            if self.mtp is None or "mtp.logprobs" not in prompt:
+                continue
+            result.mtp_text = result.mtp_text or Text()
+            f = self.drafter(prompt, g[:, :-1], ids[:, 1:])
+            drafts = self.head(f, prompt, "mtp.", ids[0, 2:], result.mtp_text)
+            result.accepted += (drafts == chosen[1:]).tolist()
+            golden = prompt["mtp.top_ids"][:, 0] == prompt["top_ids"][1:, 0]
+            result.golden_accepted += golden.tolist()
+        return self.result
+
+    def decoder(self, prompt: dict, ids: mx.array) -> mx.array:
+        """Run embedding, layers and final norm; return g (1, L, D)."""
+        h = self.model.model.embed_tokens(ids)
+        alike = np.ones(ids.shape[1], bool)
+        h = self.compare("embedding", h, prompt, "embedding", alike)
+        for i, layer in enumerate(self.model.layers):
+            h, alike = self.layer(layer, h, prompt, f"layers.{i}", f"layer {i}", alike)
+        h = self.model.model.norm(h)
+        return self.compare("final norm", h, prompt, "norm", alike)
+
+    def drafter(self, prompt: dict, g: mx.array, next_ids: mx.array) -> mx.array:
+        """Run the MTP module over all pairs; return f (1, L - 1, D)."""
+        alike = np.ones(next_ids.shape[1], bool)
+        h = self.mtp.pairs(g, next_ids)
+        h = self.compare("MTP input", h, prompt, "mtp.input", alike)
+        h, alike = self.layer(self.mtp, h, prompt, "mtp", "MTP", alike)
+        h = self.mtp.shared_head.norm(h)
+        return self.compare("MTP norm", h, prompt, "mtp.norm", alike)
+
+    def layer(self, layer: DecoderLayer, h, prompt: dict, key: str, name: str, alike: np.ndarray):
+        """Run both halves of a layer; return the state and which positions are routed alike."""
+        before = h
+        h = h + layer.self_attn(layer.input_layernorm(h), None)
+        h = self.compare(f"{name} attention", h, prompt, f"{key}.attention", alike, before)
+        before, x = h, layer.post_attention_layernorm(h)
+        if isinstance(layer.mlp, MoE):
+            indices, _ = layer.mlp.gate(x)
+            stage = self.result.stage(f"{name} MLP")
+            margins = prompt[f"{key}.margins"]
+            same = stage.route(indices[0], prompt[f"{key}.experts"], margins)
+            alike = same if self.teacher_forced else alike & same
+        h = h + layer.mlp(x)
+        return self.compare(f"{name} MLP", h, prompt, f"{key}.mlp", alike, before), alike
+
+    def compare(self, name: str, h, prompt: dict, key: str, alike, before=None) -> mx.array:
+        """Measure a state (1, L, D); return what the next half-layer gets."""
+        mx.eval(h)
+        at = prompt["positions"]
+        at = at[: int((at < h.shape[1]).sum())]
+        expected = prompt[key]
+        base = before[0][at] if self.teacher_forced and before is not None else None
+        self.result.stage(name).add(h[0][at], expected, alike[np.array(at)], base)
+        return expected[None].astype(h.dtype) if self.teacher_forced else h
+
+    def head(self, states: mx.array, prompt: dict, prefix: str, targets, text: Text) -> np.ndarray:
+        """Measure the logits of states (1, L, D), some positions at a time; return the choices."""
+        chosen = []
+        for start in range(0, states.shape[1], HEAD_ROWS):
+            logits = self.model.lm_head(states[0, start : start + HEAD_ROWS])
+            text.add(logits, prompt, prefix, targets, start)
+            chosen.append(np.array(mx.argmax(logits, axis=-1)))
+        return np.concatenate(chosen)
