@@ -98,7 +98,7 @@ def test_padding_ids_are_never_sampled(loaded, ask):
 
 def test_same_seed_same_reply(loaded, ask):
     def reply(seed):
-        sampler = Sampler(temp=4.0, top_p=0.99, seed=seed)
+        sampler = Sampler(temp=12.0, seed=seed)
         return tokens_of(loaded, ask(QUESTION), max_tokens=20, sampler=sampler)
 
     assert reply(1) == reply(1)
