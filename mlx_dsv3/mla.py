@@ -159,10 +159,15 @@ class MLA(nn.Module):
         """Append the rows of x (B, L, D) to the cache; attend from nowhere."""
         append(self.project(x, cache.offset)[2], cache)
 
-    def __call__(self, x: mx.array, cache=None) -> mx.array:
-        """Attend from x (B, L, D) over `cache` (a `KVCache` or None) and x itself."""
-        B, L, _ = x.shape
+    def __call__(self, x: mx.array, cache=None, last: int | None = None) -> mx.array:
+        """Attend from x (B, L, D) over `cache` (a `KVCache` or None) and x itself.
+
+        With `last`, only the last so many rows attend, and only theirs are returned.
+        """
+        B, L = x.shape[0], last or x.shape[1]
         q_nope, q_pe, rows = self.project(x, cache.offset if cache is not None else 0)
+        if L < x.shape[1]:
+            q_nope, q_pe = q_nope[:, :, -L:], q_pe[:, :, -L:]
         if cache is not None:
             rows = append(rows, cache)
         attend = attend_absorbed if L <= ABSORBED_MAX_QUERIES else attend_expanded

@@ -52,6 +52,15 @@ class MTP(DecoderLayer):
         pair = mx.concatenate([embedding, self.hnorm(g)], axis=-1)  # embedding first
         return self.eh_proj(pair)
 
+    def last_state(self, g: mx.array, next_ids: mx.array, cache) -> mx.array:
+        """Put pairs into the cache and return f (B, 1, D) of the last: `states`, at less cost.
+
+        Of the others only their cache rows are wanted: no attention, no experts.
+        """
+        x = self.pairs(g, next_ids)  # (B, L, D)
+        h = x[:, -1:] + self.self_attn(self.input_layernorm(x), cache, last=1)
+        return self.shared_head.norm(h + self.mlp(self.post_attention_layernorm(h)))
+
     def extend(self, g: mx.array, next_ids: mx.array, cache) -> None:
         """Put pairs into the cache without computing the block: no attention, no experts."""
         self.self_attn.extend(self.input_layernorm(self.pairs(g, next_ids)), cache)

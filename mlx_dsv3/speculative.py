@@ -130,11 +130,8 @@ class Decoder:
         own states, whose cache entries are guesses and are trimmed at once.
         """
         state, cache = self.state, self.state.mtp_cache
-        g = state.waiting()
-        if g.shape[1] > 1:  # only the last pair's output is wanted: the others need no experts
-            known = mx.array([state.ids[state.mtp_pairs + 1 :]])
-            self.mtp.extend(g[:, :-1], known, cache)
-        f = self.mtp.states(g[:, -1:], last[None], cache)
+        known = mx.array(state.ids[state.mtp_pairs + 1 :], mx.int32)
+        f = self.mtp.last_state(state.waiting(), mx.concatenate([known, last])[None], cache)
         fed = last
         for i in range(count):
             if i:
