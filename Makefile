@@ -14,7 +14,7 @@ FAST := $(if $(BLAS),env LD_PRELOAD=$(BLAS))
 DEMO := build/demo-q4
 QUESTION := Hello! What is the capital of France?
 
-.PHONY: demo test lint format clean
+.PHONY: demo test parity triton cuda lint format clean
 
 demo: $(DEMO)/config.json
 	@if [ -t 0 ]; then $(BIN)/python chat.py $(DEMO); \
@@ -25,6 +25,25 @@ $(DEMO)/config.json: $(VENV)/.demo demo/checkpoint/config.json
 
 test: $(VENV)/.test
 	$(FAST) $(BIN)/python -m pytest $(ARGS)
+
+# Record the demo checkpoint with the best hardware present and replay it against two conversions.
+parity: $(VENV)/.test $(DEMO)/config.json
+	$(BIN)/python -m mlx_dsv3.reference.record demo/checkpoint build/demo.golden.safetensors \
+	  --prompt-file tests/golden/chat.txt
+	test -d build/demo-q8 || $(BIN)/python -m convert run demo/checkpoint build/demo-q8 --recipe q8
+	$(BIN)/python -m mlx_dsv3.parity build/demo-q8 build/demo.golden.safetensors
+	$(BIN)/python -m mlx_dsv3.parity $(DEMO) build/demo.golden.safetensors
+
+# The Triton kernels in Triton's interpreter, on a CPU.
+triton: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet triton
+	env TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_kernels.py $(ARGS)
+
+# On a machine with an NVIDIA GPU: kernels, PyTorch's own block-scaled matmul, recordings in FP8.
+cuda: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet triton
+	$(BIN)/python -m pytest -m cuda tests/test_kernels.py tests/parity $(ARGS)
+	$(BIN)/python benchmarks/bench_kernels.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

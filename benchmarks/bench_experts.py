@@ -172,8 +172,8 @@ def bench_overlap(root: Path) -> list[dict]:
         for trial in range(5):
             missing = np.arange(20 + 4 * trial, 24 + 4 * trial, dtype=np.int32)
             experts = np.concatenate([hits, missing])  # 12 rows there, 4 to read
+            bank.forget(bank.expert_in[bank.expert_in != -1])
             bank.begin(hits).wait()
-
             store._read = slowed(read, delay_s)
             times.append(step(experts))
             store._read = read
