@@ -12,10 +12,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from demo import questions
 from mlx_lm.utils import load_model as load_in_mlx_lm
 
 from convert.__main__ import main as convert
+from demo import questions
 from mlx_dsv3.generate import stream
 from mlx_dsv3.load import load, load_model
 
