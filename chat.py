@@ -15,6 +15,7 @@ from pathlib import Path
 from mlx_dsv3.errors import UserError, run_main
 
 DEMO = Path("build/demo-q4")
+SLOW_DISK = 0.5e9  # bytes a second: an external or network disk
 HINT_AT_CTRL_C = "(/exit or Ctrl-D leaves)"
 
 
@@ -97,6 +98,8 @@ class Chat:
             context=options.context,
             trust_remote_code=options.trust_remote_code,
         )
+        if self.loaded.store.is_streamed:
+            tell_streaming(self.loaded)
         if options.trace:
             self.loaded.store.trace_to(Path(options.trace))
         self.gate = make_gate(self.loaded, options.drafts)
@@ -168,6 +171,23 @@ class Chat:
         """Forget the conversation; the system prompt stays."""
         self.conversation.clear()
         print("(cleared)", file=sys.stderr)
+
+
+def tell_streaming(loaded) -> None:
+    """Say how experts are streamed and what the disk allows, measured now."""
+    store, remark = loaded.store, loaded.plan.rows()[-1][2]
+    speed = store.probe()
+    print(
+        f"experts {remark} in memory; the folder reads at {speed / 1e9:.2f} GB/s, so a token takes "
+        f"{store.token_bytes / speed:.2g} s of reading where none of its experts is there",
+        file=sys.stderr,
+    )
+    if speed < SLOW_DISK:
+        print(
+            "hint: that is slow for experts; copy the folder to an internal disk, or give "
+            "`--expert-memory` more",
+            file=sys.stderr,
+        )
 
 
 def stats_words(stats) -> list[str]:

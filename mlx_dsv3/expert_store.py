@@ -45,6 +45,7 @@ SWITCH_INTERVAL_S = 0.0005
 BANK_DTYPES = {"U32": mx.uint32, "U8": mx.uint8}
 FLOAT_DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 MARKER_BYTES = 1 << 20
+PROBE_BYTES = 400 << 20
 EMPTY = -1
 
 
@@ -333,6 +334,16 @@ class ExpertStore:
         return any(count < self.args.n_routed_experts for count in self.slots.values())
 
     @property
+    def token_bytes(self) -> int:
+        """Return the bytes of all experts that a token chooses in streamed layers."""
+        sizes = [
+            sum(request.nbytes for request in bank.requests[0])
+            for bank in self.banks.values()
+            if not bank.is_resident
+        ]
+        return sum(sizes) * self.args.num_experts_per_tok
+
+    @property
     def counters(self) -> Counters:
         """Return the sum over the layers."""
         return sum((bank.counters for bank in self.banks.values()), Counters())
@@ -349,6 +360,21 @@ class ExpertStore:
             bank.begin(everyone).wait()
             bank.counters = Counters()
         return bank
+
+    def probe(self) -> float:
+        """Fill slots of the first streamed bank and return the bytes per second that it took.
+
+        Those experts then count as present, so nothing is read for the measurement alone. What
+        the system already had in memory is part of the figure.
+        """
+        bank = next(bank for bank in self.banks.values() if not bank.is_resident)
+        size = sum(request.nbytes for request in bank.requests[0])
+        count = min(bank.capacity, max(PROBE_BYTES // size, 1))
+        start = time.perf_counter()
+        bank.begin(np.arange(count, dtype=np.int32)).wait()
+        seconds = time.perf_counter() - start
+        bank.counters = Counters()
+        return count * size / seconds
 
     def trace_to(self, path: Path) -> None:
         """Write the experts of every token and layer to a file: one JSON list a layer and call.

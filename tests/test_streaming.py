@@ -253,6 +253,17 @@ def test_reads_are_joined_before_an_exception_leaves(folder_of, monkeypatch):
     store.close()
 
 
+def test_probe_measures_and_leaves_experts_that_count(folder_of):
+    """The probe fills slots with true experts and is no hit or miss of the first reply."""
+    folder = folder_of("q4")
+    truth, store = expected_rows(folder), open_store(folder, 16)
+    bank = store.open_layer(1)
+    assert store.probe() > 0
+    assert (bank.expert_in != EMPTY).all() and bank.counters.misses == 0
+    check_slots(bank, truth)
+    store.close()
+
+
 def test_close_restores_the_switch_interval(folder_of):
     import sys
 

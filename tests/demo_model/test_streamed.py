@@ -1,0 +1,52 @@
+"""The demo model with fewer slots than experts: the same logits and the same talk."""
+
+import dataclasses
+import re
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from demo_model.test_chat import QUESTION, run
+from mlx_dsv3.load import load_model, plan_memory
+
+
+def logits_of(folder, capacity: int, ids: list[int]) -> np.ndarray:
+    """Return the logits of a prefill and of 200 tokens one by one."""
+    plan = plan_memory(folder, dtype=mx.float32)
+    plan = dataclasses.replace(plan, slots=dict.fromkeys(plan.slots, capacity))
+    model, _, store, *_ = load_model(folder, dtype=mx.float32, plan=plan)
+    cache = model.make_cache()
+    out = [model(mx.array([ids]), cache)[0]]
+    for i in range(200):
+        out.append(model(mx.array([[ids[i % len(ids)]]]), cache)[0])
+    rows = np.array(mx.concatenate(out))
+    store.close()
+    return rows
+
+
+@pytest.fixture(scope="module")
+def long_prompt(ask) -> list[int]:
+    """Return a prompt that touches every expert of every layer."""
+    turns = [
+        f"What is {a} plus {b}? And what colour is a carrot?" for a in range(9) for b in (2, 7)
+    ]
+    return ask(*turns[:17])
+
+
+def test_logits_at_every_capacity(demo_q4, long_prompt):
+    resident = logits_of(demo_q4, 32, long_prompt)
+    for capacity in (4, 5, 8, 16, 31):
+        assert np.array_equal(logits_of(demo_q4, capacity, long_prompt), resident), capacity
+
+
+def test_chat_streams_and_says_so(demo_q4):
+    done = run(demo_q4, "-p", QUESTION, "--expert-memory", "0.002")
+    assert done.returncode == 0 and "Paris" in done.stdout
+    assert re.search(r"streamed: \d+-?\d* of 32 a layer .* reads at \d+\.\d+ GB/s", done.stderr)
+    assert re.search(r"experts \d+% hits, \d", done.stderr)
+
+
+def test_chat_refuses_too_little_expert_memory(demo_q4):
+    done = run(demo_q4, "-p", QUESTION, "--expert-memory", "0.0001")
+    assert done.returncode == 2 and "is below the least" in done.stderr
