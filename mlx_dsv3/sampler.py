@@ -59,6 +59,18 @@ class Sampler:
             out.append(row)
         return mx.concatenate(out)
 
+    def scores(
+        self, logits: mx.array, position: int, ids: Callable[[], mx.array] | None = None
+    ) -> mx.array:
+        """Return what is compared, (rows, vocabulary): the chosen token has the largest score."""
+        logits = logits.astype(mx.float32)
+        if self.penalties:
+            logits = self.penalized(logits, ids())
+        if self.temp == 0:
+            return logits
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        return self.filtered(logprobs) / self.temp + self.noise(position, *logits.shape)
+
     def __call__(
         self, logits: mx.array, position: int, ids: Callable[[], mx.array] | None = None
     ) -> mx.array:
@@ -67,11 +79,4 @@ class Sampler:
         Row i chooses the token at position + i. `ids` returns the ids up to and including the
         input of the last row; it is called only where there are penalties.
         """
-        logits = logits.astype(mx.float32)
-        if self.penalties:
-            logits = self.penalized(logits, ids())
-        if self.temp == 0:
-            return mx.argmax(logits, axis=-1)
-        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        noise = self.noise(position, *logits.shape)
-        return mx.argmax(self.filtered(logprobs) / self.temp + noise, axis=-1)
+        return mx.argmax(self.scores(logits, position, ids), axis=-1)

@@ -1,0 +1,110 @@
+"""What the drafting benchmark runs on: the demo model, and random models of about 1 GB.
+
+Random MTP weights are accepted never. `agree` makes a random model's next token depend mostly on
+the last one (its embedding drowns the layers), and lets the MTP module pass that embedding on; so
+drafts are accepted about as often as a real model's, at the real cost of every layer.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+from synthetic import BASE, write_folder
+
+from convert.__main__ import main as convert
+from mlx_dsv3.conversation import Conversation
+from mlx_dsv3.expert_store import ExpertStore
+from mlx_dsv3.generate import vocabulary_mask
+from mlx_dsv3.load import load, load_model
+from mlx_dsv3.model import Model
+from mlx_dsv3.mtp import MTP
+
+DEMO = Path(__file__).parent.parent / "demo"
+BOOST, NOISE = 1024.0, 0.08  # of the embedding, and of the module's guess: about 85 % accepted
+# About 1 GB each. In float32 two experts a token and a larger shared one, so that routed experts
+# are 40 % of a token's weights (V3: 55 %): MLX's CPU backend computes those row by row in any BLAS.
+MID = {
+    "q4": BASE | {"num_hidden_layers": 16},
+    "float32": BASE
+    | {
+        "num_hidden_layers": 16,
+        "n_routed_experts": 8,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 2,
+    },
+}
+
+
+@dataclass
+class Subject:
+    """A loaded model and the prompts it is run on."""
+
+    name: str
+    model: Model
+    mtp: MTP
+    store: ExpertStore
+    prompts: list[list[int]]
+    mask: mx.array | None = None
+
+
+def demo(work: Path, recipe: str, num_prompts: int, slots: int | None = None) -> Subject:
+    """Convert and load the demo checkpoint; with `slots`, that many expert slots a layer."""
+    folder = work / f"demo-{recipe}"
+    if not folder.is_dir():
+        convert(["run", str(DEMO / "checkpoint"), str(folder), "--recipe", recipe])
+    loaded = load(folder, experts="resident")
+    name = f"demo, {recipe}"
+    if slots is not None:
+        plan = loaded.plan
+        loaded.store.close()
+        budget = sum(plan.slot_bytes.values()) * slots / 1e9
+        loaded = load(folder, experts="streamed", expert_memory_gb=budget * (1 + 1e-9))
+        name += f", {slots} of {plan.num_experts} experts"
+    prompts = []
+    for text in json.loads((DEMO / "held_out_prompts.json").read_text())[:num_prompts]:
+        conversation = Conversation(loaded.tokenizer)
+        conversation.add_user(text)
+        prompts.append(conversation.prompt_ids())
+    mask = vocabulary_mask(loaded)
+    return Subject(name, loaded.model, loaded.mtp, loaded.store, prompts, mask)
+
+
+def mid(work: Path, recipe: str, num_prompts: int) -> Subject:
+    """Write, load and prepare a random model of about 1 GB."""
+    folder = write_folder(work / f"mid-{recipe}", MID[recipe], recipe)
+    model, mtp, store, args, _ = load_model(folder, experts="resident")
+    mx.random.seed(0)
+    agree(model, mtp)
+    ids = mx.random.randint(2, args.vocab_size, (num_prompts, 32)).tolist()
+    return Subject(f"mid-size, {recipe}", model, mtp, store, ids)
+
+
+def agree(model: Model, mtp: MTP) -> None:
+    """Make the module's drafts agree with the model's choices, most of the time."""
+    embed, D = model.model.embed_tokens, model.args.hidden_size
+    spread = mx.std(embed(mx.arange(256))).item()
+    for part in ("scales", "biases") if "scales" in embed else ("weight",):
+        embed[part] = embed[part] * BOOST
+    guess = mx.concatenate([mx.eye(D), NOISE * mx.random.normal((D, D)) / D**0.5], axis=1)
+    set_weight(mtp.eh_proj, guess * BOOST * spread)
+    mx.eval(model.parameters(), mtp.parameters())
+
+
+def spoil(subject: Subject) -> Subject:
+    """Make the MTP module noise: every draft is in vain."""
+    D = subject.model.args.hidden_size
+    set_weight(subject.mtp.eh_proj, mx.random.normal((D, 2 * D), key=mx.random.key(1)) / D**0.5)
+    subject.name += ", MTP noise"
+    return subject
+
+
+def set_weight(layer, weight: mx.array) -> None:
+    """Replace the weight of a linear layer, in the layer's own format."""
+    if "scales" in layer:
+        layer.weight, layer.scales, layer.biases = mx.quantize(weight, layer.group_size, layer.bits)
+    else:
+        layer.weight = weight
+    mx.eval(layer.parameters())
