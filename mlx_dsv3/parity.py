@@ -154,6 +154,8 @@ def print_report(golden: Golden, about: dict, verdict: Verdict) -> None:
     )
     if about["same_source"] is False:
         print("note: the golden file was recorded from other shards than the model's")
+    if result.mtp_text is None and "mtp.logprobs" in golden.prompts[0]:
+        print("note: the model has no MTP module; that of the golden file is not compared")
     table = Table("stage", "error", "worst", "channel", "1 - cosine", "router", "outside ties")
     wrong = {breach.where for breach in verdict.breaches}
     for stage in result.stages.values():

@@ -316,6 +316,26 @@ def test_text_prompts_begin_with_bos(source, tmp_path):
     assert found["0.ids"].tolist() == found["1.ids"].tolist() == [0, 3, 4, 5]
 
 
+def test_hub_ids_and_folders(monkeypatch, tmp_path):
+    """A hub id is fetched without the repository's code; a folder is never taken for one."""
+    import huggingface_hub
+
+    asked = []
+
+    def download(repo, allow_patterns):
+        asked.append((repo, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert record.resolve("deepseek-ai/DeepSeek-R1") == tmp_path
+    assert asked == [("deepseek-ai/DeepSeek-R1", ["*.json", "*.safetensors"])]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "r1").mkdir(parents=True)
+    for name in ("models/r1", "./absent/r1", "/absent", "absent"):
+        assert record.resolve(name) == Path(name)
+    assert len(asked) == 1
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -357,6 +377,28 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
+def spread_tokens(folder: Path) -> None:
+    """Make the router choose many experts: the benchmark's numbers are positive and near 1e-4.
+
+    Embeddings and router get random signs and 2^16 times the size, so that tokens differ, stay so
+    beside the outputs of the layers, and outweigh the selection bias.
+    """
+    hub, generator = weights.HubTensors(folder), torch.Generator().manual_seed(0)
+    for name in ("model.embed_tokens.weight", "model.layers.1.mlp.gate.weight"):
+        entry = hub.entry(name)
+        with open(entry.path, "r+b") as file:
+            for start in range(0, entry.nbytes, 1 << 24):
+                file.seek(entry.start + start)
+                chunk = bytearray(file.read(min(1 << 24, entry.nbytes - start)))
+                high = torch.frombuffer(chunk, dtype=torch.uint8)[
+                    1::2
+                ]  # sign, 7 of 8 exponent bits
+                signs = torch.randint(0, 2, high.shape, generator=generator, dtype=torch.uint8)
+                high += 8 + (signs << 7)
+                file.seek(entry.start + start)
+                file.write(chunk)
+
+
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
     """Write one dense and one MoE layer of V3 at true size, about 15 GB, and delete it after."""
@@ -366,6 +408,7 @@ def large(tmp_path_factory):
     spec.loader.exec_module(bench)
     folder = tmp_path_factory.mktemp("large") / "source"
     bench.write_checkpoint(folder, bench.V3)
+    spread_tokens(folder)
     yield folder
     shutil.rmtree(folder)
 
@@ -381,5 +424,7 @@ def test_memory_at_true_size(large, tmp_path, arithmetic):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     peak = int(done.stdout.split()[-1]) * (1 if sys.platform == "darwin" else 1024)
-    print(f"{arithmetic}: peak {peak / 1e9:.2f} GB\n{done.stderr}")
+    used = load_file(argv[1])["0.layers.1.experts"].unique().numel()
+    print(f"{arithmetic}: peak {peak / 1e9:.2f} GB, {used} experts\n{done.stderr}")
+    assert used > 128, "the prompt reads only a few experts"
     assert peak < 4e9

@@ -275,6 +275,17 @@ def test_plot(converted, tmp_path, capsys):
     assert file.read_bytes()[:4] == b"\x89PNG" and file.stat().st_size > 10_000
 
 
+def test_a_folder_without_the_mtp_module(converted, capsys, tmp_path):
+    """Other converters drop it: the rest is compared, and the report says what is not."""
+    folder = tmp_path / "plain"
+    shutil.copytree(converted("q8"), folder)
+    (folder / "mtp.safetensors").unlink()
+    assert parity.main([str(folder), str(FLOAT32)]) == 0
+    out = capsys.readouterr().out
+    assert "no MTP module; that of the golden file is not compared" in out
+    assert "final norm" in out and "MTP norm" not in out
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
