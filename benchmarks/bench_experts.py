@@ -200,44 +200,52 @@ def load_with_slots(folder: Path, share: float):
 def bench_prefill(root: Path) -> list[dict]:
     """Time 512 tokens at a quarter of the slots, in one chunk and (64 of them) one by one.
 
-    MLX's CPU backend computes quantised products row by row, so a chunk saves nothing there but
-    reads. The second row gives the disk a speed that makes reading dear, as it is beside a GPU:
-    reading an expert takes as long as computing 30 rows of it (a Mac's ratio is above 100).
+    Three times: in 4 bits, where MLX's CPU backend computes row by row, slower than this disk
+    reads; the same behind a disk so slow that reading is dear, as it is beside a GPU (an expert
+    takes as long as 30 rows of it; a Mac's ratio is above 100); and unquantised, where there is
+    seven times as much to read. Files are cold each time.
     """
-    folder, rows = root / "small", []
+    config = BASE | {"num_hidden_layers": 4, "hidden_size": 512}
+    rows = [prefill_row(root, config, "q4", slow) for slow in (False, True)]
+    return [*rows, prefill_row(root, config, "float32", False)]
+
+
+def prefill_row(root: Path, config: dict, recipe: str, is_slow: bool) -> dict:
+    """Measure one folder; see `bench_prefill`."""
+    folder = root / f"small-{recipe}"
     if not folder.is_dir():
-        write_folder(folder, BASE | {"num_hidden_layers": 4, "hidden_size": 512})
+        write_folder(folder, config, recipe)
     model, _, store, args, _ = load_with_slots(folder, 0.25)
     ids = mx.array(np.random.default_rng(0).integers(0, args.vocab_size, (1, 512)))
-    read, bank = store._read, store.banks[1]
-    expert_bytes = sum(request.nbytes for request in bank.requests[0])
-    x = mx.random.normal((64, 512))
-    start = time.perf_counter()
-    mx.eval(moe.routed_streamed(bank, x, np.zeros((64, 1), np.int32)))
-    row_s = (time.perf_counter() - start) / 64
-    for speed in (None, expert_bytes / (30 * row_s)):
-        store._read = read if speed is None else throttled(read, speed)
-        for bank in store.banks.values():
-            bank.forget(bank.expert_in[bank.expert_in != -1])
-        before = {layer: dataclasses.replace(b.counters) for layer, b in store.banks.items()}
+    bank, speed = store.banks[1], None
+    if is_slow:
         start = time.perf_counter()
-        mx.eval(model.hidden(ids, model.make_cache()))
-        chunk_s = time.perf_counter() - start
-        most = max(b.counters.misses - before[i].misses for i, b in store.banks.items())
-        cache, start = model.make_cache(), time.perf_counter()
-        for i in range(64):
-            mx.eval(model.hidden(ids[:, i : i + 1], cache))
-        single_s = (time.perf_counter() - start) * 8
-        row = {"disk_gb_s": speed and speed / 1e9, "chunk_s": chunk_s, "one_by_one_s": single_s}
-        row |= {"ratio": single_s / chunk_s, "reads_a_layer": most}
-        rows.append(row)
-        disk = "this disk" if speed is None else f"a disk of {speed / 1e6:.0f} MB/s"
-        print(
-            f"prefill  512 tokens, {disk}: {chunk_s:.1f} s in one chunk, {single_s:.1f} s one by "
-            f"one ({row['ratio']:.1f} x); reads a layer: {most} of {args.n_routed_experts} experts"
-        )
+        mx.eval(moe.routed_streamed(bank, mx.zeros((64, 512)), np.zeros((64, 1), np.int32)))
+        row_s = (time.perf_counter() - start) / 64
+        speed = sum(request.nbytes for request in bank.requests[0]) / (30 * row_s)
+        store._read = throttled(store._read, speed)
+    for each in store.banks.values():
+        each.forget(each.expert_in[each.expert_in != -1])
+    before = {layer: each.counters.misses for layer, each in store.banks.items()}
+    drop_from_page_cache(folder)
+    start = time.perf_counter()
+    mx.eval(model.hidden(ids, model.make_cache()))
+    chunk_s = time.perf_counter() - start
+    most = max(each.counters.misses - before[layer] for layer, each in store.banks.items())
+    drop_from_page_cache(folder)
+    cache, start = model.make_cache(), time.perf_counter()
+    for i in range(64):
+        mx.eval(model.hidden(ids[:, i : i + 1], cache))
+    single_s = (time.perf_counter() - start) * 8
     store.close()
-    return rows
+    row = {"recipe": recipe, "disk_bytes_s": speed, "chunk_s": chunk_s, "one_by_one_s": single_s}
+    row |= {"ratio": single_s / chunk_s, "reads_a_layer": most}
+    disk = "this disk" if speed is None else f"a disk of {speed / 1e6:.0f} MB/s"
+    print(
+        f"prefill  512 tokens, {recipe}, {disk}: {chunk_s:.1f} s in one chunk, {single_s:.1f} s "
+        f"one by one ({row['ratio']:.1f} x); reads a layer: {most} of {args.n_routed_experts}"
+    )
+    return row
 
 
 CHILD = """
