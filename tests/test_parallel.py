@@ -51,7 +51,8 @@ for word in sys.argv[2:]:
         layer = model.model.layers[1]
         halves = [layer.self_attn(x), layer.mlp(x)]
         held = [name for name, tensor in model.state_dict().items()
-                if ".experts." in name and ".up_proj." in name and tensor.device.type == "cpu"]
+                if ".experts." in name and name.endswith(".up_proj.weight")
+                and tensor.device.type == "cpu"]
         experts = len(held)
     out[word] = [[logits, torch.cat(parts, dim=1), drafts], halves, experts]
 if torch.distributed.get_rank() == 0:
