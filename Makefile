@@ -28,11 +28,14 @@ test: $(VENV)/.test
 
 # Record the demo checkpoint with the best hardware present and replay it against two conversions.
 parity: $(VENV)/.test $(DEMO)/config.json
+	rm -f build/demo.golden.safetensors
 	$(BIN)/python -m mlx_dsv3.reference.record demo/checkpoint build/demo.golden.safetensors \
-	  --prompt-file tests/golden/chat.txt
+	  --prompt-file tests/golden/chat.txt --states all
 	test -d build/demo-q8 || $(BIN)/python -m convert run demo/checkpoint build/demo-q8 --recipe q8
-	$(BIN)/python -m mlx_dsv3.parity build/demo-q8 build/demo.golden.safetensors
-	$(BIN)/python -m mlx_dsv3.parity $(DEMO) build/demo.golden.safetensors
+	for folder in build/demo-q8 $(DEMO); do \
+	  $(BIN)/python -m mlx_dsv3.parity $$folder build/demo.golden.safetensors && \
+	  $(BIN)/python -m mlx_dsv3.parity $$folder build/demo.golden.safetensors --teacher-forced \
+	  || exit 1; done
 
 # The Triton kernels in Triton's interpreter, on a CPU.
 triton: $(VENV)/.test
