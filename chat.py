@@ -29,6 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float)
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--min-p", type=float)
+    parser.add_argument("--repetition-penalty", type=float, metavar="X", help="1 is none")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same reply")
     parser.add_argument(
         "--experts", choices=("auto", "resident", "streamed"), default="auto", help="see --plan"
@@ -65,7 +66,7 @@ def find_model(name: str | None) -> Path:
 def make_sampler(options: argparse.Namespace, folder: Path):
     """Take sampling settings from the flags, then from generation_config.json, else greedy."""
     from mlx_dsv3.config import read_json
-    from mlx_dsv3.sampler import Sampler
+    from mlx_dsv3.sampler import Sampler, repetition_penalties
 
     path = folder / "generation_config.json"
     config = read_json(path) if path.is_file() else {}
@@ -77,7 +78,10 @@ def make_sampler(options: argparse.Namespace, folder: Path):
     settings = {name: defaults[name] if given[name] is None else given[name] for name in defaults}
     if settings["temp"] < 0:
         raise UserError(f"`--temp` is {settings['temp']}", "0 is greedy, 0.6 is usual for R1")
-    return Sampler(**settings, seed=options.seed)
+    penalty = options.repetition_penalty
+    if penalty is not None and penalty <= 0:
+        raise UserError(f"`--repetition-penalty` is {penalty}", "1 is none, 1.1 is usual")
+    return Sampler(**settings, seed=options.seed, penalties=repetition_penalties(penalty))
 
 
 class Chat:
@@ -156,8 +160,10 @@ class Chat:
         print("\n".join(stats_words(self.last_stats)), file=sys.stderr)
         drafts = self.last_stats.drafts
         if drafts.draft_steps:
-            lengths = ", ".join(f"{i}: {n}" for i, n in enumerate(drafts.lengths) if n)
-            print(f"steps by drafts accepted: {lengths}", file=sys.stderr)
+            for what, counts in (("made", drafts.steps), ("accepted", drafts.lengths)):
+                words = ", ".join(f"{i}: {n}" for i, n in enumerate(counts) if n)
+                print(f"steps by drafts {what}: {words}", file=sys.stderr)
+            print(f"mean accepted: {drafts.mean_accepted:.2f}", file=sys.stderr)
         for layer, bank in self.loaded.store.banks.items():
             if not bank.is_resident:
                 count = bank.counters

@@ -14,6 +14,7 @@ was forecast. Not charged is the part of a step beyond twice what was expected: 
 at first use, or a disturbance of the machine, which says nothing about drafts.
 """
 
+import math
 from collections import deque
 from statistics import median_low
 
@@ -80,12 +81,19 @@ class Gate:
         return (self.accepted[position] + before) / (self.tried[position] + 1)
 
     def forecast(self, context: int) -> list[tuple[float, float]]:
-        """Return (seconds, tokens) of a step by number of drafts; times of 0 and 1 are known."""
+        """Return (seconds, tokens) of a step by number of drafts; times of 0 and 1 are known.
+
+        One number beyond those that were measured is extrapolated; more is out of reach for now.
+        """
         chance = self.rate(0)
         steps = [(self.step_s(context, 0), 1.0), (self.step_s(context, 1), 1.0 + chance)]
+        is_known = True
         for k in range(2, self.max_drafts + 1):
             (before, _), (last, tokens) = steps[-2:]
-            seconds = self.step_s(context, k) or last + max(last - before, 0.0)
+            seconds = self.step_s(context, k)
+            if seconds is None:
+                seconds = last + max(last - before, 0.0) if is_known else math.inf
+                is_known = False
             chance *= self.rate(k - 1)
             steps.append((seconds, tokens + chance))
         return steps

@@ -11,7 +11,12 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import mlx.core as mx
-from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
+from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logits_processors
+
+
+def repetition_penalties(penalty: float | None) -> list[Callable]:
+    """Return the penalties for a factor on what the last 20 tokens hold; none for None and 1."""
+    return make_logits_processors(repetition_penalty=penalty) if penalty not in (None, 1) else []
 
 
 def gumbel(size: int, key: mx.array) -> mx.array:

@@ -23,7 +23,7 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 from mlx_lm.models.mla import MultiLinear
-from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
+from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logits_processors
 from mlx_lm.utils import load_tokenizer
 
 from mlx_dsv3.config import ModelArgs
@@ -38,6 +38,7 @@ CONTRACT = {
     "mlx_lm.sample_utils.apply_min_p",
     "mlx_lm.sample_utils.apply_top_k",
     "mlx_lm.sample_utils.apply_top_p",
+    "mlx_lm.sample_utils.make_logits_processors",
     "mlx_lm.utils.load_tokenizer",
 }
 
@@ -185,6 +186,14 @@ def test_sampling_filters():
     assert kept(apply_top_k(log, 2)) == [True, True, False, False]
     assert kept(apply_top_p(log, 0.7)) == [True, True, False, False]
     assert kept(apply_min_p(log, 0.2)) == [True, True, True, False]
+
+
+def test_repetition_penalty_divides_what_was_said():
+    """A processor takes (ids, logits of one row); negative logits are multiplied instead."""
+    (penalty,) = make_logits_processors(repetition_penalty=2.0)
+    logits = mx.array([[4.0, -4.0, 1.0]])
+    assert penalty(mx.array([0, 1]), logits + 0).tolist() == [[2.0, -8.0, 1.0]]
+    assert make_logits_processors() == []
 
 
 def test_load_tokenizer(tmp_path):

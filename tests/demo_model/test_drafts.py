@@ -191,3 +191,12 @@ def test_other_numbers_of_drafts_are_refused(loaded, drafts):
 def test_chat_tells_what_drafting_did(demo_q4):
     stats = json.loads(run(demo_q4, "-p", QUESTION, "--drafts", "3", "--stats", "json").stderr)
     assert stats["drafts"]["steps"][3] > 0 and sum(stats["drafts"]["accepted"]) > 0
+
+
+def test_repetition_penalty_in_the_chat(demo_q4):
+    """Large enough to change the text, and the same text with drafts and without."""
+    options = ("-p", QUESTION, "--repetition-penalty", "30", "--max-tokens", "20")
+    plain = run(demo_q4, *options, "--drafts", "0").stdout
+    assert plain == run(demo_q4, *options, "--drafts", "3").stdout
+    assert plain != run(demo_q4, "-p", QUESTION, "--max-tokens", "20").stdout
+    refused(run(demo_q4, "-p", QUESTION, "--repetition-penalty", "0"), "--repetition-penalty")
