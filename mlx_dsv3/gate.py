@@ -22,7 +22,7 @@ MAX_DRAFTS = 4
 FIRST_STEPS = 2  # with one draft, before anything is known
 FIRST_PLAIN = 6  # plain steps after them
 TRIAL_STEPS = 2
-TRIAL_EVERY = 48  # steps between trials
+TRIAL_EVERY = 32  # steps between trials
 REFRESH_STEPS = 4  # plain steps in between, so that the comparison stays true,
 REFRESH_EVERY = 160  # after so many steps with drafts,
 REFRESH_FACTOR = 8  # or so many for each plain time known, if fewer
@@ -49,7 +49,7 @@ class Gate:
         self.usual: dict[tuple[int, int], float] = {}  # their medians, once there are ENOUGH
         self.tried = [0.0] * MAX_DRAFTS  # outcomes at each position, later ones weighing more
         self.accepted = [0.0] * MAX_DRAFTS
-        self.credit = START_CREDIT
+        self.credit, self.has_paid = START_CREDIT, False
         self.current = 1
         self.trial, self.trial_left = 1, FIRST_STEPS
         self.since_trial = self.since_plain = 0
@@ -137,13 +137,13 @@ class Gate:
             self.begin_neighbour(context)
 
     def begin_neighbour(self, context: int) -> None:
-        """Begin a trial of the neighbour known least, if what it may lose was earned before.
+        """Begin a trial of the neighbour known least, if the credit covers it.
 
-        Where plain steps win, that is what was earned since: not what drafts are started with.
+        Drafts that never paid may use what was earned since, not the credit they started with.
         """
         near = [k for k in (self.current + 1, self.current - 1) if 0 < k <= self.max_drafts]
         k = min(near, key=lambda k: len(self.times.get((self.bucket(context), k), ())))
-        reserve = 0.0 if self.current else START_CREDIT
+        reserve = 0.0 if self.has_paid else START_CREDIT
         if self.credit - reserve < TRIAL_STEPS * self.risk(self.forecast(context), k):
             return
         self.trial, self.trial_left = k, TRIAL_STEPS
@@ -182,3 +182,4 @@ class Gate:
         if drafts:
             self.credit += accepted + 1 - min(seconds, 2 * expected) / plain
         self.credit = min(self.credit, MAX_CREDIT)
+        self.has_paid |= self.credit == MAX_CREDIT

@@ -177,7 +177,7 @@ def test_a_machine_that_slows_down_for_a_while():
 def test_extra_reads_count():
     """Streamed experts: two rows read nearly twice as much, so a step takes 1.9 plain ones."""
     run = constant(1.9, 0.8).run(Gate(), 600)
-    assert run.speed_up >= 0.98 and run.steps[0] > 550
+    assert run.speed_up >= 0.98 and run.steps[0] > 540
 
 
 def test_first_step_drafts_one_and_limits_are_respected():
