@@ -296,6 +296,29 @@ class Files:
         self.descriptors.clear()
 
 
+class SwitchInterval:
+    """The switch interval of the process: short from the first streamed store to the last."""
+
+    def __init__(self):
+        self.users: set[int] = set()
+        self.before = sys.getswitchinterval()
+
+    def shorten(self, user: object) -> None:
+        if not self.users:
+            self.before = sys.getswitchinterval()
+            sys.setswitchinterval(SWITCH_INTERVAL_S)
+        self.users.add(id(user))
+
+    def restore(self, user: object) -> None:
+        if id(user) in self.users:
+            self.users.remove(id(user))
+            if not self.users:
+                sys.setswitchinterval(self.before)
+
+
+switch_interval = SwitchInterval()
+
+
 class ExpertStore:
     """The routed experts of a folder, one bank a layer, and the threads that read them.
 
@@ -325,9 +348,8 @@ class ExpertStore:
         ]
         for thread in self._threads:
             thread.start()
-        self._switch_interval = sys.getswitchinterval()
         if self.is_streamed:
-            sys.setswitchinterval(SWITCH_INTERVAL_S)
+            switch_interval.shorten(self)
 
     @property
     def is_streamed(self) -> bool:
@@ -449,4 +471,4 @@ class ExpertStore:
         if self.trace is not None:
             self.trace.close()
         self._files.close()
-        sys.setswitchinterval(self._switch_interval)
+        switch_interval.restore(self)

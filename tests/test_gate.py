@@ -176,8 +176,9 @@ def test_a_machine_that_slows_down_for_a_while():
 
 def test_extra_reads_count():
     """Streamed experts: two rows read nearly twice as much, so a step takes 1.9 plain ones."""
-    run = constant(1.9, 0.8).run(Gate(), 600)
-    assert run.speed_up >= 0.98 and run.steps[0] > 540
+    runs = [constant(1.9, 0.8).run(Gate(), 600, seed) for seed in range(40)]
+    assert min(run.speed_up for run in runs) >= 0.98
+    assert median(run.steps[0] for run in runs) > 500
 
 
 def test_first_step_drafts_one_and_limits_are_respected():

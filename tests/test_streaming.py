@@ -264,14 +264,21 @@ def test_probe_measures_and_leaves_experts_that_count(folder_of):
     store.close()
 
 
-def test_close_restores_the_switch_interval(folder_of):
+def test_the_switch_interval_is_short_until_the_last_store_closes(folder_of, monkeypatch):
     import sys
 
-    before = sys.getswitchinterval()
-    store = load_with(folder_of("q4"), K)[2]
-    assert sys.getswitchinterval() < before
-    store.close()
-    assert sys.getswitchinterval() == pytest.approx(before)
+    from mlx_dsv3 import expert_store
+
+    shortened = sys.getswitchinterval()
+    monkeypatch.setattr(expert_store, "switch_interval", expert_store.SwitchInterval())
+    sys.setswitchinterval(0.004)
+    first, second = (load_with(folder_of("q4"), K)[2] for _ in range(2))
+    first.close()
+    first.close()
+    assert sys.getswitchinterval() == pytest.approx(expert_store.SWITCH_INTERVAL_S)
+    second.close()
+    assert sys.getswitchinterval() == pytest.approx(0.004)
+    sys.setswitchinterval(shortened)
 
 
 def test_trace_holds_every_choice(folder_of, tmp_path):
