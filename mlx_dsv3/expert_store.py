@@ -38,6 +38,7 @@ from mlx_dsv3.expert_files import (
     read_exactly,
 )
 from mlx_dsv3.headers import TensorInfo
+from mlx_dsv3.linear import multiply
 
 NUM_READERS = 12
 # A reader that wants the GIL waits up to this long for the main thread (Python's default is 5 ms).
@@ -75,6 +76,11 @@ class Projection:
             mode=self.quantization.mode,
             sorted_indices=is_sorted,
         )
+
+    def multiply(self, x: np.ndarray, slot: int) -> np.ndarray:
+        """Multiply many rows x (n, in) by the expert in one slot: (n, out)."""
+        parts = [None if a is None else a[slot] for a in (self.weight, self.scales, self.biases)]
+        return multiply(x, *parts, self.quantization)
 
     @property
     def nbytes(self) -> int:
@@ -367,8 +373,8 @@ class ExpertStore:
 
     @property
     def counters(self) -> Counters:
-        """Return the sum over the layers."""
-        return sum((bank.counters for bank in self.banks.values()), Counters())
+        """Return the sum over the layers whose experts are asked for one by one."""
+        return sum((bank.counters for bank in self.banks.values() if bank.wants_ids), Counters())
 
     def open_layer(self, layer: int) -> Bank:
         """Allocate the bank of a layer and, where every expert has a slot, fill it."""

@@ -1,14 +1,81 @@
-"""Linear layers that read the same input, computed as one product.
+"""Linear layers: those of one input as one product, and products of many rows on a CPU.
 
 Two products of 1536 and 576 rows cost a GPU two launches; one of 2112 rows costs one. Layers are
 joined after loading, where their quantisation agrees (mlx-lm's mixed recipes give `kv_a` more
 bits than `q_a`; those stay apart).
+
+MLX's CPU backend multiplies a quantised weight row by row, and its own BLAS is slow: a prompt would
+take as long as its tokens one by one. There a weight is unpacked once for many rows, a block at a
+time, and multiplied in NumPy, which brings a fast BLAS. A few rows stay with MLX: decoding, and the
+verification of drafts, whose every row must equal a plain step's. A GPU sees nothing of this.
 """
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 PARTS = ("weight", "scales", "biases")
+MIN_ROWS = 16  # that are worth unpacking a weight
+BLOCK_BYTES = 32 << 20  # of unpacked weights at a time
+
+
+def on_cpu(x: mx.array) -> bool:
+    """Say whether MLX would compute with x on a CPU, in float32."""
+    return x.dtype == mx.float32 and mx.default_device() == mx.Device(mx.cpu)
+
+
+def multiply(x: np.ndarray, weight: mx.array, scales, biases, packing) -> np.ndarray:
+    """Return x (rows, in) times the transpose of a weight (out, in), float32.
+
+    `packing` bears `bits`, `group_size` and `mode` of a packed weight; None for a plain one.
+    """
+    out = np.empty((len(x), weight.shape[0]), np.float32)
+    step = max(1, BLOCK_BYTES // (4 * x.shape[-1]))
+    for i in range(0, len(weight), step):
+        part = weight[i : i + step]
+        if packing is not None:
+            part = mx.dequantize(
+                part,
+                scales[i : i + step],
+                None if biases is None else biases[i : i + step],
+                group_size=packing.group_size,
+                bits=packing.bits,
+                mode=packing.mode,
+                dtype=mx.float32,
+            )
+        np.matmul(x, np.array(part, copy=False).T, out=out[:, i : i + step])
+    return out
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` without bias."""
+
+    def __init__(self, input_dims: int, output_dims: int):
+        super().__init__(input_dims, output_dims, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = apply_many(self, x, None)
+        return super().__call__(x) if y is None else y
+
+    def to_quantized(self, **packing) -> "QuantizedLinear":
+        return QuantizedLinear.from_linear(self, **packing)
+
+
+class QuantizedLinear(nn.QuantizedLinear):
+    """`nn.QuantizedLinear` without bias."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = apply_many(self, x, self)
+        return super().__call__(x) if y is None else y
+
+
+def apply_many(layer: nn.Module, x: mx.array, packing) -> mx.array | None:
+    """Return the layer's output for x (..., in) of many rows on a CPU, else None."""
+    if x.shape[-2] < MIN_ROWS or not on_cpu(x):
+        return None
+    rows = np.array(x.reshape(-1, x.shape[-1]), copy=False)
+    parts = layer.get("scales"), layer.get("biases")
+    return mx.array(multiply(rows, layer.weight, *parts, packing)).reshape(*x.shape[:-1], -1)
 
 
 def quantization_of(layer: nn.Module) -> tuple | None:

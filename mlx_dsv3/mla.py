@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx_lm.models.mla import MultiLinear
 
 from mlx_dsv3.config import ModelArgs
-from mlx_dsv3.linear import Joined
+from mlx_dsv3.linear import Joined, Linear
 from mlx_dsv3.rope import Rope, softmax_scale
 
 ABSORBED_MAX_QUERIES = 170  # V3's break-even by arithmetic; 200-400 expected on a GPU
@@ -124,16 +124,16 @@ class MLA(nn.Module):
         self.num_heads, self.nope_dims, self.rope_dims = H, N, R
         self.scale = softmax_scale(args)
         if args.q_lora_rank is None:
-            self.q_proj = nn.Linear(D, H * (N + R), bias=False)
+            self.q_proj = Linear(D, H * (N + R))
         else:
-            self.q_a_proj = nn.Linear(D, args.q_lora_rank, bias=False)
+            self.q_a_proj = Linear(D, args.q_lora_rank)
             self.q_a_layernorm = nn.RMSNorm(args.q_lora_rank, eps=LORA_NORM_EPS)
-            self.q_b_proj = nn.Linear(args.q_lora_rank, H * (N + R), bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(D, C + R, bias=False)
+            self.q_b_proj = Linear(args.q_lora_rank, H * (N + R))
+        self.kv_a_proj_with_mqa = Linear(D, C + R)
         self.kv_a_layernorm = nn.RMSNorm(C, eps=LORA_NORM_EPS)
         self.embed_q = MultiLinear(N, C, H)
         self.unembed_out = MultiLinear(C, V, H)
-        self.o_proj = nn.Linear(H * V, D, bias=False)
+        self.o_proj = Linear(H * V, D)
         self.rope = Rope(args)
 
     def join(self) -> None:

@@ -9,6 +9,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
 
 from mlx_dsv3.config import ModelArgs
+from mlx_dsv3.linear import Linear
 from mlx_dsv3.mla import ABSORBED_MAX_QUERIES, MLA
 from mlx_dsv3.moe import MLP, MoE
 
@@ -50,7 +51,7 @@ class Model(nn.Module):
         self.args = args
         self.model_type = args.model_type
         self.model = Decoder(args)
-        self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+        self.lm_head = Linear(args.hidden_size, args.vocab_size)
 
     def hidden(self, ids: mx.array, cache=None) -> mx.array:
         """Return the states after the final norm, g (B, L, D), for ids (B, L)."""

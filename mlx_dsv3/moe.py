@@ -8,13 +8,15 @@ fused; a layer sees only slot numbers. Nothing here reads files.
 # B batch  L queries  T tokens (B L)  D hidden  E routed experts  K experts per token  G groups
 # F expert width
 
+from itertools import pairwise
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.activations import swiglu
 
 from mlx_dsv3.config import ModelArgs
-from mlx_dsv3.linear import Joined
+from mlx_dsv3.linear import MIN_ROWS, Joined, Linear, on_cpu
 
 # Splitting a step into hits and misses costs two launches more; not worth it for shorter reads.
 HITS_FIRST_AFTER_S = 0.0005
@@ -64,9 +66,9 @@ class MLP(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, intermediate_size)
+        self.up_proj = Linear(hidden_size, intermediate_size)
+        self.down_proj = Linear(intermediate_size, hidden_size)
 
     def join(self) -> None:
         """Merge gate and up, once weights are loaded."""
@@ -81,6 +83,17 @@ def compute_experts(bank, x: mx.array, slots: mx.array, is_sorted: bool) -> mx.a
     gate_up = bank.gate_up.gather(x, slots, is_sorted)  # (..., 1, 2 F)
     gate, up = mx.split(gate_up, 2, axis=-1)
     return bank.down.gather(swiglu(gate, up), slots, is_sorted).squeeze(-2)
+
+
+def compute_on_host(bank, x: np.ndarray, slots: np.ndarray) -> mx.array:
+    """Return the same for x (n, D) sorted by slot (n,), with one dense product an expert."""
+    out = np.empty_like(x)
+    bounds = [*np.flatnonzero(np.diff(slots, prepend=-1)), len(slots)]
+    for begin, end in pairwise(bounds):
+        gate_up = bank.gate_up.multiply(x[begin:end], slots[begin])
+        hidden = swiglu(*mx.split(mx.array(gate_up), 2, axis=-1))
+        out[begin:end] = bank.down.multiply(np.array(hidden), slots[begin])
+    return mx.array(out)
 
 
 def routed_resident(bank, x: mx.array, indices: mx.array) -> mx.array:
@@ -106,6 +119,11 @@ def wants_sorted(num_rows: int, bank) -> bool:
     return num_rows >= 4 * bank.num_experts
 
 
+def wants_host(bank, x: mx.array, num_choices: int) -> bool:
+    """Say whether x (T, D) is many rows on a CPU: one dense product an expert (`linear.py`)."""
+    return len(x) >= MIN_ROWS and wants_sorted(len(x) * num_choices, bank) and on_cpu(x)
+
+
 class Rows:
     """The (token, choice) products of a call, computed in parts and put together in order."""
 
@@ -113,6 +131,8 @@ class Rows:
         self.bank, self.x, self.shape = bank, x, experts.shape
         self.experts = experts.reshape(-1)
         self.is_sorted = wants_sorted(self.experts.size, bank)
+        is_on_host = wants_host(bank, x, experts.shape[1])
+        self.x_on_host = np.array(x, copy=False) if is_on_host else None
         self.parts: list[mx.array] = []
         self.places: list[np.ndarray] = []
 
@@ -123,8 +143,12 @@ class Rows:
         if self.is_sorted:
             order = np.argsort(slots, kind="stable")
             rows, slots = rows[order], slots[order]
-        used = np.unique(slots)
         tokens = rows // self.shape[1]
+        self.places.append(rows)
+        if self.x_on_host is not None:
+            self.parts.append(compute_on_host(self.bank, self.x_on_host[tokens], slots))
+            return
+        used = np.unique(slots)
         padding = max(0, self.bank.min_sorted_rows - len(rows)) if self.is_sorted else 0
         if padding:  # enough rows for the kernel that a full bank would have used
             slots, tokens = np.pad(slots, (0, padding), "edge"), np.pad(tokens, (0, padding))
@@ -133,7 +157,6 @@ class Rows:
         mx.async_eval(y)
         self.bank.read_by(used, y)
         self.parts.append(y)
-        self.places.append(rows)
 
     def result(self) -> mx.array:
         """Return (T, K, D)."""
@@ -211,7 +234,7 @@ class MoE(nn.Module):
         indices, weights = self.gate(x)  # (B, L, K)
         shared = self.shared_experts(x) if "shared_experts" in self else None
         flat, K = x.flatten(0, -2), indices.shape[-1]
-        if not self.bank.wants_ids:
+        if not (self.bank.wants_ids or wants_host(self.bank, flat, K)):
             y = routed_resident(self.bank, flat, indices.reshape(-1, K))
         else:
             mx.async_eval(indices)

@@ -10,6 +10,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
 
 from mlx_dsv3.config import ModelArgs
+from mlx_dsv3.linear import Linear
 from mlx_dsv3.model import DecoderLayer, Model
 
 
@@ -34,7 +35,7 @@ class MTP(DecoderLayer):
         super().__init__(args, is_moe=True)
         self.enorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self.hnorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
-        self.eh_proj = nn.Linear(2 * args.hidden_size, args.hidden_size, bias=False)
+        self.eh_proj = Linear(2 * args.hidden_size, args.hidden_size)
         self.shared_head = SharedHead(args)
         self.shared = Shared(model)
 

@@ -1,5 +1,6 @@
 """Fixtures: random models written as MLX folders once a session, and loaded on both sides."""
 
+import signal
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,6 +14,8 @@ from mlx_dsv3.load import load_model
 
 # Threads cost more than they give at these sizes: 5 s against 0.05 s a forward, 2 busy cores.
 torch.set_num_threads(1)
+# A suite started in the background ignores Ctrl-C, and so would the programs that it interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

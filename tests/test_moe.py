@@ -12,11 +12,12 @@ import torch
 from compare import FORMS, LAYER, assert_close, same_bits
 from parity.faults import select
 
-from mlx_dsv3 import moe
+from mlx_dsv3 import linear, moe
 from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.expert_files import Quantization
 from mlx_dsv3.expert_store import Projection
-from mlx_dsv3.linear import Joined
+from mlx_dsv3.gate import MAX_DRAFTS
+from mlx_dsv3.linear import Joined, Linear
 from mlx_dsv3.moe import MLP, Gate, MoE, compute_experts, route, routed_resident
 
 # spec 3.5, the worked example
@@ -309,6 +310,27 @@ def test_joined_layers_equal_separate_ones(formats, products):
     assert len(joined.layers) == products
     for out, want in zip(joined(x), expected, strict=True):
         assert_close(f"{formats}", out, want, LAYER)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("block_bytes", [1 << 20, 40 * 4 * 64])
+def test_many_rows_equal_few(monkeypatch, packing, block_bytes):
+    """On a CPU 16 rows or more take another product: the same numbers, whatever the blocks."""
+    monkeypatch.setattr(linear, "BLOCK_BYTES", block_bytes)
+    layer, q = Linear(64, 96), PACKINGS[packing]
+    if q is not None:
+        layer = layer.to_quantized(group_size=q.group_size, bits=q.bits, mode=q.mode)
+    x = mx.random.normal((2, 24, 64), key=mx.random.key(0))
+    rows = [layer(x[:, i : i + 1]) for i in range(24)]
+    assert_close(packing, layer(x), mx.concatenate(rows, axis=1), LAYER)
+    few = layer(x[:, : linear.MIN_ROWS - 1])
+    monkeypatch.setattr(linear, "on_cpu", lambda x: False)
+    assert same_bits(few, layer(x[:, : linear.MIN_ROWS - 1]))
+
+
+def test_verification_never_takes_the_product_of_many_rows():
+    """Its rows must equal those of plain steps to the bit."""
+    assert linear.MIN_ROWS > MAX_DRAFTS + 1
 
 
 def test_mlp_keeps_gate_and_up_apart():

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from mlx_folder import write_mlx
 
-from mlx_dsv3 import expert_files, moe
+from mlx_dsv3 import expert_files, linear, moe
 from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.expert_store import EMPTY, ExpertStore
@@ -88,6 +88,21 @@ def test_logits_are_the_same_bits_at_every_capacity(folder_of, packing, arrangem
         assert store.counters.misses > E  # it did stream
 
 
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_gathered_prefills_are_the_same_bits_too(folder_of, packing, monkeypatch):
+    """A GPU gathers rows where a CPU takes one dense product an expert."""
+    on_host, _ = logits_of(folder_of(packing), E, 0)
+    monkeypatch.setattr(moe, "on_cpu", lambda x: False)
+    monkeypatch.setattr(linear, "on_cpu", lambda x: False)
+    resident, _ = logits_of(folder_of(packing), E, 0)
+    for capacity in K, E // 4:
+        streamed, store = logits_of(folder_of(packing), capacity, 0)
+        assert np.array_equal(streamed, resident), f"{capacity} slots"
+        assert store.counters.misses > E
+    assert np.abs(on_host - resident).max() <= 1e-5 * np.abs(resident).max()
+    assert not np.array_equal(on_host, resident)  # both paths did run
+
+
 def test_a_full_bank_read_the_streamed_way_gives_the_same_bits(folder_of, monkeypatch):
     resident, _ = logits_of(folder_of("q4"), E, 20)
     monkeypatch.setattr(ExpertStore.__init__, "__defaults__", (None, True))
@@ -98,6 +113,7 @@ def test_a_full_bank_read_the_streamed_way_gives_the_same_bits(folder_of, monkey
 
 def test_padded_waves_give_the_same_bits(folder_of, monkeypatch):
     """On Metal the rows of a wave are padded to keep its kernel; no Linux test reaches that."""
+    monkeypatch.setattr(moe, "on_cpu", lambda x: False)
     resident, _ = logits_of(folder_of("q4"), E, 0)
     from mlx_dsv3.expert_store import Bank
 
