@@ -5,15 +5,15 @@
 For each model: acceptance by position; A, the mean tokens of a step; R, the time of a step with k
 drafts (drafting and verification, alone, again and again from one state) over that of a plain
 step; the ideal speed-up A / R; the realised one, of replies with k drafts over plain replies.
-All modes take turns on every prompt in one process. A step's time is the lower quartile of its
-kind, so that other programs fall out; `whole` is the ratio of the summed seconds, which they are
-in. `auto` is one gate for all prompts, its search included. End tokens do not end a reply here.
+All modes take turns on every prompt in one process; `realised` is the ratio of their summed
+seconds. `auto` is one gate for all prompts, its search included. No reply ends at an end token.
 Streamed: expert reads for each token. Acceptance: coupled sampling beside rejection sampling,
 which accepts the sum of min(p, q).
 
 MLX's CPU backend computes quantised products row by row, so there R is near 1 + k; with float32 and
-a fast BLAS it is lower. Run it both ways:
+a fast BLAS it is lower. Run it both ways (threads of OpenBLAS that wait for work disturb others):
 
+    export OPENBLAS_NUM_THREADS=1
     LD_PRELOAD=/usr/lib/x86_64-linux-gnu/openblas-pthread/libblas.so.3 python benchmarks/...
 """
 
@@ -22,6 +22,7 @@ import json
 import os
 import platform
 import shutil
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -45,24 +46,6 @@ TEMPERATURES = (0.3, 0.6, 1.0)
 COUPLED_SEEDS = 40
 
 
-class TimedStats(DraftStats):
-    """Statistics that keep the time from step to step, whatever happens in between."""
-
-    def __init__(self):
-        super().__init__()
-        self.last, self.times = time.perf_counter(), []
-
-    def record(self, drafts: int, accepted: int, seconds: float) -> None:
-        super().record(drafts, accepted, seconds)
-        now = time.perf_counter()
-        self.times.append((drafts, now - self.last))
-        self.last = now
-
-
-def quartile(seconds: list[float]) -> float:
-    return sorted(seconds)[len(seconds) // 4]
-
-
 def start(subject: Subject, ids: list[int], drafts=1, sampler=None) -> Decoder:
     """Prefill a prompt; return what decodes on from there."""
     cache = None if drafts == 0 else subject.mtp.make_cache()
@@ -73,7 +56,7 @@ def start(subject: Subject, ids: list[int], drafts=1, sampler=None) -> Decoder:
 
 def reply(subject: Subject, ids: list[int], tokens: int, gate: Gate) -> tuple:
     """Decode one reply; return its tokens, seconds, draft statistics, and expert counters."""
-    decoder, stats = start(subject, ids, gate.fixed), TimedStats()
+    decoder, stats = start(subject, ids, gate.fixed), DraftStats()
     before, begin = subject.store.counters, time.perf_counter()
     text = list(decode(decoder, ids[-1], tokens, gate, set(), stats))
     return text, time.perf_counter() - begin, stats, subject.store.counters - before
@@ -117,7 +100,7 @@ def step_ratios(subject: Subject, rounds: int) -> list[float]:
             del state.ids[length:]
             state.mtp_pairs, state.pending = pairs, list(pending)
             state.align()
-    return [quartile(times[k]) / quartile(times[0]) for k in times]
+    return [statistics.median(times[k]) / statistics.median(times[0]) for k in times]
 
 
 def summarise(subject: Subject, tokens: int, rounds: int) -> dict:
@@ -132,7 +115,7 @@ def summarise(subject: Subject, tokens: int, rounds: int) -> dict:
     one = rows["1"]["A"]
     return {
         "model": subject.name,
-        "plain_tokens_s": 1 / quartile([t for _, s, _ in runs[0] for _, t in s.times]),
+        "plain_tokens_s": tokens * len(runs[0]) / sum(run[0] for run in runs[0]),
         "modes": rows,
         "one_draft_at_R": {str(ratio): one / ratio for ratio in MAC_RATIOS},
     }
@@ -140,23 +123,14 @@ def summarise(subject: Subject, tokens: int, rounds: int) -> dict:
 
 def describe(runs: dict, mode: int | str) -> dict:
     """Return acceptance, tokens a step, and speed-up over plain replies; for `auto`, its steps."""
-    stats, kinds = [run[1] for run in runs[mode]], {}
-    for source in (mode, *range(1, MAX_DRAFTS + 1)):  # rare kinds are taken from their own mode
-        for drafts in range(MAX_DRAFTS + 1):
-            found = [t for _, s, _ in runs.get(source, ()) for k, t in s.times if k == drafts]
-            if drafts not in kinds and len(found) >= 8:
-                kinds[drafts] = quartile(found)
-    plain = quartile([seconds for _, s, _ in runs[0] for _, seconds in s.times])
-    total = {name: sum_of(stats, name) for name in ("drafted", "accepted", "steps")}
-    tokens, pairs = sum(s.tokens for s in stats), zip(*list(total.values())[:2], strict=True)
-    took = sum(count * kinds.get(k, 0.0) for k, count in enumerate(total["steps"]) if count)
+    stats = [run[1] for run in runs[mode]]
+    drafted, accepted, steps = (sum_of(stats, name) for name in ("drafted", "accepted", "steps"))
     row = {
-        "accepted": [a / d for d, a in pairs if d],
-        "A": tokens / sum(total["steps"]),
-        "realised": tokens * plain / took,
-        "whole": sum(run[0] for run in runs[0]) / sum(run[0] for run in runs[mode]),
+        "accepted": [a / d for d, a in zip(drafted, accepted, strict=True) if d],
+        "A": sum(s.tokens for s in stats) / sum(steps),
+        "realised": sum(run[0] for run in runs[0]) / sum(run[0] for run in runs[mode]),
     }
-    return row | ({"steps": total["steps"]} if mode == "auto" else {})
+    return row | ({"steps": steps} if mode == "auto" else {})
 
 
 def sum_of(stats: list[DraftStats], name: str) -> list[int]:
@@ -236,14 +210,14 @@ def print_tables(results: list[dict]) -> None:
 def measure(args: argparse.Namespace, work: Path) -> list[dict]:
     results, wanted = [], (args.only,) if args.only else ("demo", "mid", "streamed", "acceptance")
     if "demo" in wanted:
-        for recipe in ("q4", "float32"):
+        for recipe in args.recipes:
             subject = subjects.demo(work, recipe, args.prompts)
             results.append(summarise(subject, args.tokens, rounds=40))
             results.append(summarise_noise(subjects.spoil(subject), args.tokens))
     if "mid" in wanted:
-        for recipe in ("q4", "float32"):
+        for recipe in args.recipes:
             subject = subjects.mid(work, recipe, max(args.prompts // 2, 3))
-            results.append(summarise(subject, args.tokens // 2, rounds=7))
+            results.append(summarise(subject, args.tokens, rounds=7))
             results.append(summarise_noise(subjects.spoil(subject), args.tokens))
             shutil.rmtree(work / f"mid-{recipe}")
     if "streamed" in wanted:
@@ -261,6 +235,9 @@ def measure(args: argparse.Namespace, work: Path) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=("demo", "mid", "streamed", "acceptance"))
+    parser.add_argument(
+        "--recipes", nargs="+", choices=("q4", "float32"), default=("q4", "float32")
+    )
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")

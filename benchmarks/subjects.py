@@ -21,7 +21,7 @@ from mlx_dsv3.model import Model
 from mlx_dsv3.mtp import MTP
 
 DEMO = Path(__file__).parent.parent / "demo"
-BOOST, NOISE = 1024.0, 0.08  # of the embedding, and of the module's guess: about 85 % accepted
+BOOST, NOISE = 2048.0, 0.02  # of the embedding, and of the guess: about 85 % accepted
 # About 1 GB each. In float32 two experts a token and a larger shared one, so that routed experts
 # are 40 % of a token's weights (V3: 55 %): MLX's CPU backend computes those row by row in any BLAS.
 MID = {

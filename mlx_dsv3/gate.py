@@ -49,7 +49,7 @@ class Gate:
         self.usual: dict[tuple[int, int], float] = {}  # their medians, once there are ENOUGH
         self.tried = [0.0] * MAX_DRAFTS  # outcomes at each position, later ones weighing more
         self.accepted = [0.0] * MAX_DRAFTS
-        self.credit, self.has_paid = START_CREDIT, False
+        self.credit, self.has_paid, self.was_drafting = START_CREDIT, False, False
         self.current = 1
         self.trial, self.trial_left = 1, FIRST_STEPS
         self.since_trial = self.since_plain = 0
@@ -173,13 +173,17 @@ class Gate:
             self.usual[key] = median_low(times)
 
     def charge(self, context: int, drafts: int, seconds: float, accepted: int) -> None:
-        """Book a step: drafts pay what they took beyond plain steps; time earns LOSS_SHARE."""
-        if self.step_s(context, 0) is None or self.step_s(context, 1) is None:
+        """Book a step: drafts pay what they took beyond plain steps; time earns LOSS_SHARE.
+
+        The plain step after them pays too: it could not begin while the one before still ran.
+        """
+        plain = self.step_s(context, 0)
+        if plain is None or self.step_s(context, 1) is None:
             return
-        steps = self.forecast(context)
-        plain, expected = steps[0][0], steps[drafts][0]
+        expected = self.forecast(context)[drafts][0] if drafts else plain
         self.credit += LOSS_SHARE * seconds / plain
-        if drafts:
+        if drafts or self.was_drafting:
             self.credit += accepted + 1 - min(seconds, 2 * expected) / plain
+        self.was_drafting = drafts > 0
         self.credit = min(self.credit, MAX_CREDIT)
         self.has_paid |= self.credit == MAX_CREDIT
