@@ -33,6 +33,7 @@ WINDOW = 15  # times kept of each kind of step
 ENOUGH = 2  # of them before they count: the first may have compiled kernels
 FORGET = 0.96  # weight of an outcome after each later one: about the last 25 count
 EXPECTED = 0.8  # acceptance before any was seen; weighs as one outcome
+LEAST_COST = 0.05  # of a draft, in plain steps
 WIN = 0.98  # drafts must be 2 % cheaper than none, and another number than the current one
 
 
@@ -84,18 +85,19 @@ class Gate:
         """Return (seconds, tokens) of a step by number of drafts; times of 0 and 1 are known.
 
         One number beyond those that were measured is extrapolated; more is out of reach for now.
+        A draft is never free, whatever times of another hour say.
         """
-        chance = self.rate(0)
-        steps = [(self.step_s(context, 0), 1.0), (self.step_s(context, 1), 1.0 + chance)]
-        is_known = True
-        for k in range(2, self.max_drafts + 1):
-            (before, _), (last, tokens) = steps[-2:]
+        plain, chance = self.step_s(context, 0), self.rate(0)
+        steps, is_known = [(plain, 1.0)], True
+        for k in range(1, self.max_drafts + 1):
+            last, tokens = steps[-1]
             seconds = self.step_s(context, k)
             if seconds is None:
-                seconds = last + max(last - before, 0.0) if is_known else math.inf
+                seconds = last + max(last - steps[-2][0], 0.0) if is_known else math.inf
                 is_known = False
-            chance *= self.rate(k - 1)
-            steps.append((seconds, tokens + chance))
+            if k > 1:
+                chance *= self.rate(k - 1)
+            steps.append((max(seconds, last + LEAST_COST * plain), tokens + chance))
         return steps
 
     def choose(self, context: int) -> int:
@@ -175,15 +177,17 @@ class Gate:
     def charge(self, context: int, drafts: int, seconds: float, accepted: int) -> None:
         """Book a step: drafts pay what they took beyond plain steps; time earns LOSS_SHARE.
 
-        The plain step after them pays too: it could not begin while the one before still ran.
+        The first plain step after them pays too: it could not begin while the step before still
+        ran. The last one before them had run when the one before it ended, and is paid back.
         """
         plain = self.step_s(context, 0)
         if plain is None or self.step_s(context, 1) is None:
             return
         expected = self.forecast(context)[drafts][0] if drafts else plain
         self.credit += LOSS_SHARE * seconds / plain
-        if drafts or self.was_drafting:
-            self.credit += accepted + 1 - min(seconds, 2 * expected) / plain
+        if drafts or self.was_drafting or seconds < plain / 2:
+            took = min(seconds, 2 * expected) / plain
+            self.credit += accepted + 1 - (max(took, 1.0) if drafts else took)
         self.was_drafting = drafts > 0
         self.credit = min(self.credit, MAX_CREDIT)
         self.has_paid |= self.credit == MAX_CREDIT
