@@ -16,7 +16,8 @@ from convert.__main__ import main as convert
 from mlx_dsv3.conversation import Conversation
 from mlx_dsv3.expert_store import ExpertStore
 from mlx_dsv3.generate import vocabulary_mask
-from mlx_dsv3.load import load, load_model
+from mlx_dsv3.load import load, load_model, plan_memory
+from mlx_dsv3.memory import MemoryPlan
 from mlx_dsv3.model import Model
 from mlx_dsv3.mtp import MTP
 
@@ -47,6 +48,7 @@ class Subject:
     mtp: MTP
     store: ExpertStore
     prompts: list[list[int]]
+    plan: MemoryPlan
     mask: mx.array | None = None
 
 
@@ -69,17 +71,18 @@ def demo(work: Path, recipe: str, num_prompts: int, slots: int | None = None) ->
         conversation.add_user(text)
         prompts.append(conversation.prompt_ids())
     mask = vocabulary_mask(loaded)
-    return Subject(name, loaded.model, loaded.mtp, loaded.store, prompts, mask)
+    return Subject(name, loaded.model, loaded.mtp, loaded.store, prompts, loaded.plan, mask)
 
 
 def mid(work: Path, recipe: str, num_prompts: int) -> Subject:
     """Write, load and prepare a random model of about 1 GB."""
     folder = write_folder(work / f"mid-{recipe}", MID[recipe], recipe)
-    model, mtp, store, args, _ = load_model(folder, experts="resident")
+    plan = plan_memory(folder, experts="resident")
+    model, mtp, store, args, _ = load_model(folder, plan=plan)
     mx.random.seed(0)
     agree(model, mtp)
     ids = mx.random.randint(2, args.vocab_size, (num_prompts, 32)).tolist()
-    return Subject(f"mid-size, {recipe}", model, mtp, store, ids)
+    return Subject(f"mid-size, {recipe}", model, mtp, store, ids, plan)
 
 
 def agree(model: Model, mtp: MTP) -> None:

@@ -75,7 +75,8 @@ class LayerExperts:
         prefix = f"model.layers.{layer}.mlp"
         stacked, record = f"{prefix}.switch_mlp", f"{prefix}.experts"
         self.is_stacked = f"{stacked}.gate_proj.weight" in tensors
-        if self.is_stacked and f"{record}.0.gate_proj.weight" in tensors:
+        experts = range(args.n_routed_experts)
+        if self.is_stacked and any(f"{record}.{i}.gate_proj.weight" in tensors for i in experts):
             raise UserError(
                 f"layer {layer} has its experts twice: as `{record}.*` and as `{stacked}.*`",
                 "convert the checkpoint again into an empty folder",

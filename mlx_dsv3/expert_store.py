@@ -13,6 +13,7 @@ MLX would put another array in their place and later reads would go to the orpha
 No layer arithmetic here but the gathered product. Threads touch bytes only, never MLX.
 """
 
+import contextlib
 import fcntl
 import os
 import queue
@@ -96,12 +97,18 @@ class Counters:
     misses: int = 0
     nbytes: int = 0
     wait_s: float = 0.0
+    read_s: float = 0.0  # while reads were under way, waited for or not
 
     def __sub__(self, other: "Counters") -> "Counters":
         return Counters(*(getattr(self, f) - getattr(other, f) for f in self.__dataclass_fields__))
 
     def __add__(self, other: "Counters") -> "Counters":
         return Counters(*(getattr(self, f) + getattr(other, f) for f in self.__dataclass_fields__))
+
+    @property
+    def gb_per_s(self) -> float:
+        """Return the GB read in a second of reading, 0 where nothing was read."""
+        return self.nbytes / self.read_s / 1e9 if self.read_s else 0.0
 
     @property
     def hit_rate(self) -> float:
@@ -115,6 +122,7 @@ class Fetch:
         self.bank, self.missing = bank, missing
         self._left, self._lock = num_requests, threading.Lock()
         self._done = threading.Event()
+        self.begun = self.ended = time.perf_counter()
         self.error: BaseException | None = None
         if not num_requests:
             self._done.set()
@@ -124,7 +132,13 @@ class Fetch:
             self.error = self.error or error
             self._left -= 1
             if not self._left:
+                self.ended = time.perf_counter()
                 self._done.set()
+
+    def abandon(self) -> None:
+        """Let the reads that have not begun be skipped; those experts will be absent."""
+        if not self._done.is_set():
+            self.error = self.error or InterruptedError("the reads were abandoned")
 
     def is_done(self, timeout_s: float) -> bool:
         """Wait at most so long; say whether every read has ended."""
@@ -136,9 +150,13 @@ class Fetch:
         try:
             self._done.wait()
         finally:  # Ctrl-C ends the wait, never a read into memory that others will use
+            self.abandon()
             while not self._done.is_set():
                 self._done.wait()
-            self.bank.counters.wait_s += time.perf_counter() - start
+            counters, busy_until = self.bank.counters, self.bank.busy_until
+            counters.wait_s += time.perf_counter() - start
+            counters.read_s += max(self.ended - max(self.begun, busy_until), 0.0)
+            self.bank.busy_until = max(self.ended, busy_until)
             self.bank.fetches.discard(self)
             if self.error:
                 self.bank.forget(self.missing)
@@ -163,6 +181,7 @@ class Bank:
         self.step = 0
         self.readers: dict[int, mx.array] = {}
         self.fetches: set[Fetch] = set()
+        self.busy_until = 0.0  # when the last read ended that was waited for
         self._rows = {}
         for name, projection in (("gate_up", self.gate_up), ("down", self.down)):
             for part in PARTS:
@@ -252,8 +271,9 @@ class Bank:
         self.expert_in[slots[slots != EMPTY]] = EMPTY
 
     def join(self) -> None:
-        """Wait for every read under way, dropping what failed; for the way out of an error."""
+        """Wait for every read under way and drop the others; for the way out of an error."""
         for fetch in list(self.fetches):
+            fetch.abandon()
             try:
                 fetch.wait()
             except (UserError, OSError):
@@ -417,7 +437,13 @@ class ExpertStore:
 
     def record(self, layer: int, experts: np.ndarray) -> None:
         """Append one call's experts (T, K) to the trace."""
-        self.trace.write(f"[{layer}, {experts.tolist()}]\n")
+        try:
+            self.trace.write(f"[{layer}, {experts.tolist()}]\n")
+        except OSError as error:  # a full disk must not end the reply
+            print(f"warning: the trace `{self.trace.name}` ends: {error}", file=sys.stderr)
+            with contextlib.suppress(OSError):
+                self.trace.close()
+            self.trace = None
 
     def fetch(self, layer: int, experts: list[int]) -> np.ndarray:
         """Bring distinct experts into slots, wait for them, and return the slots."""
@@ -444,7 +470,8 @@ class ExpertStore:
         while (job := self._jobs.get()) is not None:
             fetch, request, slot = job
             try:
-                self._read(fetch.bank, request, slot)
+                if fetch.error is None:
+                    self._read(fetch.bank, request, slot)
                 error = None
             except BaseException as caught:  # re-raised on the main thread by `Fetch.wait`
                 error = caught

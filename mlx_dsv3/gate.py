@@ -144,6 +144,8 @@ class Gate:
         Drafts that never paid may use what was earned since, not the credit they started with.
         """
         near = [k for k in (self.current + 1, self.current - 1) if 0 < k <= self.max_drafts]
+        if not near:
+            return
         k = min(near, key=lambda k: len(self.times.get((self.bucket(context), k), ())))
         reserve = 0.0 if self.has_paid else START_CREDIT
         if self.credit - reserve < TRIAL_STEPS * self.risk(self.forecast(context), k):

@@ -16,7 +16,6 @@ from mlx_dsv3.errors import UserError
 from mlx_dsv3.expert_store import Counters
 from mlx_dsv3.gate import MAX_DRAFTS, Gate
 from mlx_dsv3.load import Loaded
-from mlx_dsv3.memory import PREFILL_CHUNK
 from mlx_dsv3.sampler import Sampler
 from mlx_dsv3.speculative import Decoder, DraftStats, catch_up, decode
 from mlx_dsv3.state import State
@@ -75,6 +74,11 @@ def make_gate(loaded: Loaded, drafts: str | int) -> Gate:
     return Gate(fixed=int(drafts))
 
 
+def context_limit(loaded: Loaded) -> int:
+    """Return the tokens that a conversation may have: the model's, and those planned for."""
+    return min(loaded.args.max_position_embeddings, loaded.plan.context)
+
+
 def check_ids(loaded: Loaded, ids: list[int]) -> None:
     """Refuse an empty prompt, an id the embedding lacks, and a prompt beyond the context."""
     if not ids:
@@ -85,7 +89,12 @@ def check_ids(loaded: Loaded, ids: list[int]) -> None:
             f"the prompt holds token id {bad}; the model's vocab_size is {loaded.args.vocab_size}",
             "copy the tokenizer files of this model from the hub",
         )
-    limit = loaded.args.max_position_embeddings
+    limit = context_limit(loaded)
+    if len(ids) >= limit < loaded.args.max_position_embeddings:
+        raise UserError(
+            f"the prompt has {len(ids):,} tokens and memory is planned for {limit:,}",
+            "give a larger `--context`, or `/clear` the conversation first",
+        )
     if len(ids) >= limit:
         raise UserError(
             f"the prompt has {len(ids):,} tokens and `max_position_embeddings` is {limit:,}",
@@ -106,7 +115,7 @@ def prefill(loaded: Loaded, state: State, ids: list[int]) -> int:
     state.rewind(min(common_prefix_length(state.ids, ids), len(ids) - 1))
     reused = len(state.ids)
     while len(ids) - 1 > len(state.ids):
-        chunk = ids[len(state.ids) : len(ids) - 1][:PREFILL_CHUNK]
+        chunk = ids[len(state.ids) : len(ids) - 1][: loaded.plan.prefill_chunk]
         g = loaded.model.hidden(mx.array([chunk]), state.cache)
         mx.eval(g, [layer.state for layer in state.cache])
         state.commit(chunk, g)
@@ -136,7 +145,7 @@ def stream(
     check_ids(loaded, ids)
     gate = drafts if isinstance(drafts, Gate) else make_gate(loaded, drafts)
     state = state or make_state(loaded, gate.fixed != 0)
-    room = loaded.args.max_position_embeddings - len(ids)
+    room = context_limit(loaded) - len(ids)
     limit = room if max_tokens is None else min(max_tokens, room)
     stats = Stats(prompt_tokens=len(ids))
     detokenizer, ends = loaded.tokenizer.detokenizer, set(loaded.tokenizer.eos_token_ids)

@@ -203,8 +203,11 @@ class Folder:
         return self.tensors | self.sidecar
 
 
-def open_folder(path: str | Path) -> Folder:
-    """Read the headers of an MLX folder; raise `UserError` for what cannot be run."""
+def open_folder(path: str | Path, with_mtp: bool = True) -> Folder:
+    """Read the headers of an MLX folder; raise `UserError` for what cannot be run.
+
+    Without `with_mtp` the MTP module is left out, as where the folder has none.
+    """
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"`{path}` is no folder", "give an MLX folder, or `make demo` for one")
@@ -212,7 +215,8 @@ def open_folder(path: str | Path) -> Folder:
     args = ModelArgs.from_dict(config)
     tensors = read_headers(weight_files(path))
     check_index(path, tensors)
-    sidecar = read_header(path / SIDECAR) if (path / SIDECAR).is_file() else {}
+    has_mtp = with_mtp and (path / SIDECAR).is_file()
+    sidecar = read_header(path / SIDECAR) if has_mtp else {}
     if any(name.startswith(f"model.layers.{args.num_hidden_layers}.") for name in tensors):
         raise UserError(
             f"`{path}` is a hub checkpoint (its shards hold the MTP layer), not an MLX folder",
@@ -221,9 +225,11 @@ def open_folder(path: str | Path) -> Folder:
     return Folder(path, config, args, tensors, sidecar)
 
 
-def plan_memory(path: str | Path, *, dtype: mx.Dtype | None = None, **options) -> MemoryPlan:
+def plan_memory(
+    path: str | Path, *, dtype: mx.Dtype | None = None, with_mtp: bool = True, **options
+) -> MemoryPlan:
     """Return the memory plan of an MLX folder, from headers alone; see `memory.make_plan`."""
-    folder = open_folder(path)
+    folder = open_folder(path, with_mtp)
     return make_plan(folder.every, folder.args, dtype or default_dtype(), **options)
 
 
@@ -320,15 +326,17 @@ def load(
     context: int | None = None,
     dtype: mx.Dtype | None = None,
     trust_remote_code: bool = False,
+    with_mtp: bool = True,
 ) -> Loaded:
     """Load an MLX folder: model, tokenizer, MTP module if it has one, experts as planned.
 
     `experts` is `resident`, `streamed` or `auto`; `expert_memory_gb` bounds the expert slots (GB
     of 10^9 bytes); `context` is the length in tokens that memory is planned for; `dtype` is that
-    of the activations, bfloat16 on a GPU and float32 on the CPU by default. Raises `UserError`
-    for a folder that cannot be run, with what is wrong in it.
+    of the activations, bfloat16 on a GPU and float32 on the CPU by default; without `with_mtp` the
+    MTP module takes no memory and there are no drafts. Raises `UserError` for a folder that cannot
+    be run, with what is wrong in it.
     """
-    opened, dtype = open_folder(folder), dtype or default_dtype()
+    opened, dtype = open_folder(folder, with_mtp), dtype or default_dtype()
     plan = make_plan(
         opened.every,
         opened.args,

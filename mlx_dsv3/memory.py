@@ -18,13 +18,16 @@ from mlx_dsv3.headers import TensorInfo
 from mlx_dsv3.mla import ABSORBED_MAX_QUERIES, SCORE_BYTES
 
 GB = 10**9
+MOST_WIRED_SHARE = 0.95  # of the machine's memory, that a GPU can be allowed
 # MLX's Metal allocator changes its behaviour when 95 % of the recommended working set is active.
 USABLE_SHARE = 0.92
 BUFFER_CACHE_BYTES = 1 << 30  # freed buffers that MLX may keep on a GPU
 # Reader threads, headers of the experts, MLX's own buffers (its CPU backend keeps 32 MB of freed
 # ones): 50-60 MB measured with 960 experts on the CPU backend (bench_experts.py memory).
 OVERHEAD_BYTES = 64 << 20
-PREFILL_CHUNK = 2048
+PREFILL_CHUNKS = (8192, 4096, 2048, 1024, 512)  # tokens
+RESIDENT_CHUNK = 2048  # at most: only streamed experts are read again for every chunk
+CHUNK_SHARE = 0.05  # of the memory for experts, that a larger chunk may take from them
 DEFAULT_CONTEXT = 32768
 MODES = ("auto", "resident", "streamed")
 
@@ -38,6 +41,7 @@ class MemoryPlan:
     cache_bytes: int
     transient_bytes: int
     context: int
+    prefill_chunk: int
     num_experts: int
     slots: dict[int, int]
     slot_bytes: dict[int, int]
@@ -73,7 +77,11 @@ class MemoryPlan:
             ("trunk", self.trunk_bytes, "everything but routed experts"),
             ("MTP module", self.mtp_bytes, "without its experts"),
             ("latent cache", self.cache_bytes, f"{self.context:,} tokens"),
-            ("transients", self.transient_bytes, f"a chunk of {PREFILL_CHUNK:,} tokens, buffers"),
+            (
+                "transients",
+                self.transient_bytes,
+                f"{self.prefill_chunk:,} tokens of prompt at once",
+            ),
             ("experts", self.expert_bytes, f"{kind}: {count} of {self.num_experts} a layer"),
         ]
 
@@ -111,14 +119,22 @@ def slot_bytes(layer: int, tensors: dict[str, TensorInfo], args: ModelArgs, dtyp
     )
 
 
-def transient_bytes(args: ModelArgs, dtype: mx.Dtype, context: int) -> int:
+def transient_bytes(args: ModelArgs, dtype: mx.Dtype, tokens: int) -> int:
     """Estimate what one layer of a prefill chunk takes beside weights and cache."""
-    tokens, D, F = min(PREFILL_CHUNK, context), args.hidden_size, args.moe_intermediate_size
+    D, F = args.hidden_size, args.moe_intermediate_size
     K, H = args.num_experts_per_tok, args.num_attention_heads
     heads = H * (args.qk_nope_head_dim + args.qk_rope_head_dim + args.v_head_dim)
     experts = tokens * K * (2 * D + 3 * F)  # rows, gate and up, their product, output
     attention = tokens * 2 * heads
     return (max(experts, attention) + 4 * tokens * D) * dtype.size
+
+
+def choose_chunk(args: ModelArgs, dtype: mx.Dtype, context: int, most: int, spare: int) -> int:
+    """Return the tokens of a prefill chunk: at most so many, and what `spare` bytes allow."""
+    for tokens in PREFILL_CHUNKS:
+        if tokens <= most and transient_bytes(args, dtype, min(tokens, context)) <= spare:
+            return min(tokens, context)
+    return min(PREFILL_CHUNKS[-1], context)
 
 
 def make_plan(
@@ -137,7 +153,13 @@ def make_plan(
     """
     if experts not in MODES:
         raise UserError(f"`--experts` is `{experts}`", f"choose one of {', '.join(MODES)}")
-    context = min(context or DEFAULT_CONTEXT, args.max_position_embeddings)
+    if expert_memory_gb is not None and experts == "resident":
+        raise UserError(
+            f"`--expert-memory {expert_memory_gb:g}` bounds experts that `--experts resident` "
+            "wants in memory, all of them",
+            "leave one of the two out",
+        )
+    context = min(DEFAULT_CONTEXT if context is None else context, args.max_position_embeddings)
     limit = int(available_bytes() * USABLE_SHARE) if limit_bytes is None else limit_bytes
     mtp_prefix = f"model.layers.{args.num_hidden_layers}."
     has_mtp = any(name.startswith(mtp_prefix) for name in tensors)
@@ -148,21 +170,37 @@ def make_plan(
     row_bytes = (args.kv_lora_rank + args.qk_rope_head_dim) * dtype.size
     extra = OVERHEAD_BYTES
     if context > ABSORBED_MAX_QUERIES:
-        extra += min(SCORE_BYTES, 12 * args.num_attention_heads * context * PREFILL_CHUNK)
+        extra += min(SCORE_BYTES, 12 * args.num_attention_heads * context**2)
     if mx.metal.is_available():
         extra += BUFFER_CACHE_BYTES
     fixed = {
         "trunk_bytes": sum(held.values()) - mtp_bytes,
         "mtp_bytes": mtp_bytes,
         "cache_bytes": row_bytes * context * (args.num_hidden_layers + has_mtp),
-        "transient_bytes": transient_bytes(args, dtype, context) + extra,
+        "transient_bytes": extra,
     }
     sizes = {layer: slot_bytes(layer, tensors, args, dtype) for layer in layers}
     room = limit - sum(fixed.values())
-    slots = choose_slots(args, sizes, room, experts, expert_memory_gb)
+    everything = sum(sizes.values()) * args.n_routed_experts
+    least = transient_bytes(args, dtype, min(RESIDENT_CHUNK, context))
+    budget = room - least if expert_memory_gb is None else int(expert_memory_gb * GB)
+    is_resident = experts == "resident" or (experts == "auto" and everything <= budget)
+    if is_resident:
+        chunk = choose_chunk(args, dtype, context, RESIDENT_CHUNK, room - everything)
+    else:  # experts are read once for every chunk
+        spare = room - budget if expert_memory_gb is not None else room
+        spare = min(spare, int(room * CHUNK_SHARE))
+        chunk = choose_chunk(args, dtype, context, PREFILL_CHUNKS[0], spare)
+    fixed["transient_bytes"] += transient_bytes(args, dtype, chunk)
+    if is_resident or not sizes:
+        slots = dict.fromkeys(sizes, args.n_routed_experts)
+    else:
+        room = limit - sum(fixed.values())
+        slots = choose_slots(args, sizes, room, expert_memory_gb)
     plan = MemoryPlan(
         **fixed,
         context=context,
+        prefill_chunk=chunk,
         num_experts=args.n_routed_experts,
         slots=slots,
         slot_bytes=sizes,
@@ -174,14 +212,14 @@ def make_plan(
 
 
 def choose_slots(
-    args: ModelArgs, sizes: dict[int, int], room: int, experts: str, expert_memory_gb: float | None
+    args: ModelArgs, sizes: dict[int, int], room: int, expert_memory_gb: float | None
 ) -> dict[int, int]:
-    """Return slots by layer: all experts where they fit or are asked for, else what fits evenly."""
-    everyone = dict.fromkeys(sizes, args.n_routed_experts)
-    resident = sum(sizes.values()) * args.n_routed_experts
+    """Return slots by layer for streamed experts, as many as fit.
+
+    From half of the experts up, what is lacking is lacking in few layers, the last ones: the
+    others are resident and never wait for the host. Below that it is shared out evenly.
+    """
     budget = room if expert_memory_gb is None else int(expert_memory_gb * GB)
-    if experts == "resident" or not sizes or (experts == "auto" and resident <= budget):
-        return everyone
     K = args.num_experts_per_tok
     each = min(budget // sum(sizes.values()), args.n_routed_experts)
     if each < K:
@@ -194,12 +232,27 @@ def choose_slots(
                 f"({K} experts in each of {len(sizes)} layers)",
                 f"`--expert-memory {round_up(least)}` is the smallest that runs",
             )
+    if 2 * each >= args.n_routed_experts:
+        return slots_in_few_layers(args, sizes, budget)
     left = budget - each * sum(sizes.values())
     slots = {}
     for layer, nbytes in sizes.items():  # what is left buys one slot more for some layers
         more = left >= nbytes and each < args.n_routed_experts
         slots[layer] = each + more
         left -= nbytes * more
+    return slots
+
+
+def slots_in_few_layers(args: ModelArgs, sizes: dict[int, int], budget: int) -> dict[int, int]:
+    """Return slots that leave the last layers half of their experts at least, others all."""
+    slots = dict.fromkeys(sizes, args.n_routed_experts)
+    lacking = sum(sizes.values()) * args.n_routed_experts - budget
+    spare = args.n_routed_experts - max(args.n_routed_experts // 2, args.num_experts_per_tok)
+    for layer in reversed(sizes):
+        if lacking > 0:
+            fewer = min(spare, -(-lacking // sizes[layer]))
+            slots[layer] -= fewer
+            lacking -= fewer * sizes[layer]
     return slots
 
 
@@ -244,5 +297,6 @@ def refuse(plan: MemoryPlan, args: ModelArgs, budget_was_given: bool) -> None:
         )
     if mx.metal.is_available():
         wanted = int(plan.total_bytes / USABLE_SHARE / 2**20)
-        hint += f"; or allow the GPU more: `sudo sysctl iogpu.wired_limit_mb={wanted}`"
+        if wanted < MOST_WIRED_SHARE * mx.device_info()["memory_size"] / 2**20:
+            hint += f"; or allow the GPU more: `sudo sysctl iogpu.wired_limit_mb={wanted}`"
     raise UserError(message, hint)

@@ -6,7 +6,8 @@ import tiny
 from mlx_folder import write_mlx
 
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.load import load_model, plan_memory
+from mlx_dsv3.load import load_model, open_folder, plan_memory
+from mlx_dsv3.memory import PREFILL_CHUNKS, RESIDENT_CHUNK, transient_bytes
 
 PACKING = {"bits": 4, "group_size": 64, "mode": "affine"}
 EXPERTS, K, LAYERS = tiny.D["n_routed_experts"], tiny.D["num_experts_per_tok"], 4
@@ -50,6 +51,53 @@ def test_budget_becomes_slots(folder):
     assert 5 * each < plan.expert_bytes <= 5.5 * each
     everything = plan_memory(folder, dtype=mx.float32, expert_memory_gb=EXPERTS * each / 1e9)
     assert everything.is_resident
+
+
+def test_what_little_is_lacking_is_lacking_in_few_layers(folder):
+    """The other layers are resident: they need no ids on the host. The budget is kept."""
+    each = sum(plan_memory(folder, dtype=mx.float32).slot_bytes.values())
+    for share in (0.5, 0.6, 0.9, 0.999):
+        budget = share * EXPERTS * each
+        plan = plan_memory(folder, dtype=mx.float32, expert_memory_gb=budget / 1e9)
+        counts = list(plan.slots.values())
+        assert budget - each < plan.expert_bytes <= budget, share
+        assert counts == sorted(counts, reverse=True) and counts[-1] >= EXPERTS // 2
+        assert len({count for count in counts if count < EXPERTS}) <= 2
+    assert counts[:-1] == [EXPERTS] * (len(counts) - 1) and counts[-1] == EXPERTS - 1
+
+
+def test_streamed_chunks_are_as_large_as_memory_allows(folder):
+    """Every chunk reads its experts again, so few large ones; but not at the experts' cost."""
+
+    def chunk(**options) -> int:
+        return plan_memory(folder, dtype=mx.float32, context=20000, **options).prefill_chunk
+
+    assert chunk(experts="resident") == RESIDENT_CHUNK
+    assert chunk(experts="streamed") == PREFILL_CHUNKS[0]
+    resident = plan_memory(folder, dtype=mx.float32, context=20000, experts="resident")
+    args = open_folder(folder).args
+    tight = resident.total_bytes - transient_bytes(args, mx.float32, RESIDENT_CHUNK // 2)
+    assert chunk(experts="resident", limit_bytes=tight) < RESIDENT_CHUNK
+    least = resident.fixed_bytes + sum(resident.slot_bytes.values()) * (K + 1)
+    plan = plan_memory(
+        folder, dtype=mx.float32, context=20000, experts="streamed", limit_bytes=least
+    )
+    assert plan.prefill_chunk < RESIDENT_CHUNK and plan.total_bytes <= least
+    assert min(plan.slots.values()) >= K
+    assert plan_memory(folder, dtype=mx.float32, context=100).prefill_chunk == 100
+
+
+def test_contradicting_flags(folder):
+    with pytest.raises(UserError, match="bounds experts that `--experts resident`"):
+        plan_memory(folder, experts="resident", expert_memory_gb=1.0)
+
+
+def test_without_drafts_the_module_takes_no_memory(folder):
+    plan = plan_memory(folder, dtype=mx.float32, with_mtp=False)
+    whole = plan_memory(folder, dtype=mx.float32)
+    assert plan.mtp_bytes == 0 and len(plan.slots) == len(whole.slots) - 1
+    model, mtp, *_ = load_model(open_folder(folder, with_mtp=False), dtype=mx.float32)
+    assert mtp is None and model(mx.zeros((1, 2), mx.int32)).shape[1] == 2
 
 
 def test_auto_streams_when_it_must(folder):

@@ -297,6 +297,41 @@ def test_the_switch_interval_is_short_until_the_last_store_closes(folder_of, mon
     sys.setswitchinterval(shortened)
 
 
+def test_a_trace_that_cannot_be_written_ends_alone(folder_of, capsys):
+    """A full disk: the reply goes on, and one line says what happened."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    from pathlib import Path
+
+    model, _, store, *_ = load_with(folder_of("q4"), K)
+    store.trace_to(Path("/dev/full"))
+    mx.eval(model(mx.array(PROMPT[None, :3])))
+    assert store.trace is None and capsys.readouterr().err.count("warning: the trace") == 1
+    store.close()
+
+
+def test_abandoned_reads_are_skipped_and_their_experts_absent(folder_of, monkeypatch):
+    """After Ctrl-C or an error nobody waits for gigabytes that nobody wants any more."""
+    folder = folder_of("q4")
+    truth, store = expected_rows(folder), open_store(folder, 40)
+    bank, gate, read = store.open_layer(1), threading.Event(), store._read
+
+    def slow(*job):
+        gate.wait(10)
+        read(*job)
+
+    monkeypatch.setattr(store, "_read", slow)
+    bank.begin(np.arange(40, dtype=np.int32))
+    threading.Timer(0.2, gate.set).start()
+    bank.join()
+    assert (bank.expert_in == EMPTY).all() and (bank.slot_of == EMPTY).all()
+    monkeypatch.undo()
+    bank.begin(np.arange(20, dtype=np.int32)).wait()
+    check_slots(bank, truth)
+    assert 0 < bank.counters.gb_per_s < 100
+    store.close()
+
+
 def test_trace_holds_every_choice(folder_of, tmp_path):
     """The trace is what the simulator of the benchmark replays."""
     import json

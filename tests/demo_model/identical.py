@@ -10,6 +10,7 @@ size of a float32 rounding error may flip; a larger one may not.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -27,6 +28,8 @@ OTHERS = (  # nothing that the demo model knows: text that its MTP module guesse
     "The quick brown fox jumps over the lazy dog, and then",
     "0 1 1 2 3 5 8 13",
     "Why?",
+    "Tell me a joke about compilers and another one about cats.",
+    "lorem ipsum dolor sit amet",
 )
 SAMPLERS = {
     "greedy": {},
@@ -39,7 +42,8 @@ SAMPLERS = {
 def prompts_of(loaded: Loaded, count: int) -> list[list[int]]:
     """Return prompt ids: held-out questions, and others among them."""
     texts = json.loads(HELD_OUT.read_text(encoding="utf-8"))
-    texts = [*texts[: count - count // 6], *OTHERS][:count]
+    texts = [*texts[: count - count // 6], *OTHERS[: count // 6]]
+    assert len(texts) == count, f"{count} prompts wanted, {len(texts)} there"
     prompts = []
     for text in texts:
         conversation = Conversation(loaded.tokenizer)
@@ -95,6 +99,7 @@ def main() -> None:
                 for entry in differences(loaded, plain, ids, name, drafts):
                     found.append({"prompt": i, "experts": kind, **entry})
                 compared += len(drafts)
+        print(f"{i + 1} prompts, {len(found)} differences", file=sys.stderr, flush=True)
     print(json.dumps({"texts": compared, "tokens": args.tokens, "differences": found}))
 
 

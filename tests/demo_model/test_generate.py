@@ -1,9 +1,10 @@
 """Streaming generation: greedy text, exact states after every kind of end, refusals."""
 
+import dataclasses
+
 import mlx.core as mx
 import pytest
 
-import mlx_dsv3.generate as generate
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.generate import make_state, stream
 from mlx_dsv3.sampler import Sampler
@@ -35,7 +36,7 @@ def test_text_is_the_decoded_tokens_without_the_end_token(loaded, ask):
 def test_prefill_in_chunks_gives_the_same_reply(loaded, ask, monkeypatch):
     ids = ask(QUESTION, "Paris.", "And how many legs does a spider have?")
     whole = tokens_of(loaded, ids)
-    monkeypatch.setattr(generate, "PREFILL_CHUNK", 5)
+    monkeypatch.setattr(loaded, "plan", dataclasses.replace(loaded.plan, prefill_chunk=5))
     assert tokens_of(loaded, ids) == whole
 
 
@@ -103,3 +104,15 @@ def test_same_seed_same_reply(loaded, ask):
 
     assert reply(1) == reply(1)
     assert len({tuple(reply(seed)) for seed in range(6)}) > 1
+
+
+def test_a_conversation_ends_where_memory_was_planned_to(loaded, ask, monkeypatch):
+    """`--context` is a promise of memory: beyond it the caches would outgrow the plan."""
+    ids = ask(QUESTION)
+    monkeypatch.setattr(loaded, "plan", dataclasses.replace(loaded.plan, context=len(ids) + 2))
+    *_, last = stream(loaded, ids)
+    assert last.finish_reason == "length" and last.stats.reply_tokens == 2
+    monkeypatch.setattr(loaded, "plan", dataclasses.replace(loaded.plan, context=len(ids)))
+    with pytest.raises(UserError, match="memory is planned for") as error:
+        next(stream(loaded, ids))
+    assert "--context" in error.value.hint
