@@ -6,42 +6,144 @@ No tensor code here: arguments, the loop of turns, slash commands and the statis
 
 import argparse
 import json
+import os
+import re
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from mlx_dsv3.errors import UserError, run_main
+from mlx_dsv3.gate import MAX_DRAFTS
 
 DEMO = Path("build/demo-q4")
 SLOW_DISK = 0.5e9  # bytes a second: an external or network disk
+LEAST_PROBED = 64 << 20  # bytes: fewer say nothing about a disk
 HINT_AT_CTRL_C = "(/exit or Ctrl-D leaves)"
 
 
+@dataclass(frozen=True)
+class Setting:
+    """A number that an option takes: which are good, the same in words, and a hint."""
+
+    kind: type
+    is_good: Callable[[float], bool]
+    words: str
+    hint: str
+
+    def check(self, value: object, where: str, text: str | None = None) -> float:
+        """Return the value, or raise `UserError` with where it was given, and as what text."""
+        kinds = (int,) if self.kind is int else (int, float)
+        if type(value) not in kinds or not self.is_good(value):
+            given = value if text is None else text
+            raise UserError(f"{where} is `{given}`; it takes {self.words}", self.hint)
+        return value
+
+
+SETTINGS = {
+    "max_tokens": Setting(
+        int, lambda n: n >= 1, "a whole number from 1", "leave it out for no limit"
+    ),
+    # Beyond 1000 all tokens are alike; float32 makes the largest numbers infinite.
+    "temp": Setting(
+        float,
+        lambda x: 0 <= x <= 1000,
+        "a number from 0 to 1000",
+        "`--temp 0` is greedy, `--temp 0.6` is usual for R1",
+    ),
+    "top_p": Setting(
+        float,
+        lambda x: 0 < x <= 1,
+        "a number above 0, at most 1",
+        "`--top-p 1` keeps every token, `--top-p 0.95` is usual",
+    ),
+    "top_k": Setting(
+        int, lambda n: n >= 0, "a whole number from 0", "`--top-k 0` keeps every token"
+    ),
+    "min_p": Setting(
+        float,
+        lambda x: 0 <= x <= 1,
+        "a number from 0 to 1",
+        "`--min-p 0` keeps every token, `--min-p 0.05` is usual",
+    ),
+    "repetition_penalty": Setting(
+        float, lambda x: 0 < x < float("inf"), "a number above 0", "1 is none, 1.1 is usual"
+    ),
+    "seed": Setting(int, lambda n: True, "a whole number", "leave it out for seed 0"),
+    "expert_memory": Setting(
+        float, lambda x: 0 <= x <= 1e6, "GB, a number from 0", "`--plan` shows what experts take"
+    ),
+    "context": Setting(
+        int, lambda n: n >= 1, "a number of tokens from 1", "`--plan` shows what a length takes"
+    ),
+}
+SAMPLING = {"temp": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p"}
+# What a generation_config.json may carry besides for a filter that is off (mlx-lm's and vLLM's).
+OFF = {"top_p": 0, "top_k": -1}
+
+
+def number(name: str) -> Callable[[str], float]:
+    """Return the parser of a numeric option."""
+    setting, flag = SETTINGS[name], f"`--{name.replace('_', '-')}`"
+
+    def parse(text: str) -> float:
+        try:
+            value = setting.kind(text)
+        except ValueError:
+            value = text
+        return setting.check(value, flag, text)
+
+    return parse
+
+
+def one_of(flag: str, *values: str, words: str = "") -> Callable[[str], str]:
+    """Return the parser of an option with few values."""
+
+    def parse(text: str) -> str:
+        if text not in values:
+            raise UserError(f"`{flag}` is `{text}`", f"choose {words or ', '.join(values)}")
+        return text
+
+    return parse
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a wrong command line as every other mistake: one sentence and a hint."""
+
+    def error(self, message: str):
+        message = re.sub(r"^argument (\S+): ", r"`\1`: ", " ".join(message.split()))
+        raise UserError(message, f"`python {self.prog} --help` lists the options")
+
+
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="chat.py", description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", metavar="MODEL", help=f"MLX folder; else {DEMO}")
-    parser.add_argument("-p", "--prompt", help="answer this and exit; a piped stdin is appended")
-    parser.add_argument("-s", "--system", help="system prompt")
-    parser.add_argument("--max-tokens", type=int, help="longest reply; else the context's end")
-    parser.add_argument("--temp", type=float, help="temperature; 0 is greedy")
-    parser.add_argument("--top-p", type=float)
-    parser.add_argument("--top-k", type=int)
-    parser.add_argument("--min-p", type=float)
-    parser.add_argument("--repetition-penalty", type=float, metavar="X", help="1 is none")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same reply")
-    parser.add_argument(
-        "--experts", choices=("auto", "resident", "streamed"), default="auto", help="see --plan"
-    )
-    parser.add_argument("--expert-memory", type=float, metavar="GB", help="for routed experts")
-    parser.add_argument("--context", type=int, metavar="N", help="plan memory for N tokens")
-    parser.add_argument("--plan", action="store_true", help="print the memory plan and exit")
-    parser.add_argument("--drafts", default="auto", metavar="auto|N", help="MTP drafts, 0 to 4")
-    parser.add_argument("--trace", metavar="FILE", help="write the experts chosen by each token")
-    parser.add_argument("--stats", choices=("line", "json", "off"), default="line")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run tokenizer code")
-    parser.add_argument("--version", action="version", version=package_version())
+    parser = Parser(prog="chat.py", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    counts = map(str, range(MAX_DRAFTS + 1))
+    drafts = one_of("--drafts", "auto", *counts, words=f"auto or 0 to {MAX_DRAFTS}")
+    experts, stats = ("auto", "resident", "streamed"), ("line", "json", "off")
+    add("model", nargs="?", metavar="MODEL", help=f"MLX folder; else {DEMO}")
+    add("-p", "--prompt", help="answer this and exit; a piped stdin is appended")
+    add("-s", "--system", help="system prompt")
+    reply = "longest reply; else the context's end"
+    add("--max-tokens", type=number("max_tokens"), metavar="N", help=reply)
+    add("--temp", type=number("temp"), metavar="X", help="temperature; 0 is greedy")
+    add("--top-p", type=number("top_p"), metavar="X")
+    add("--top-k", type=number("top_k"), metavar="N")
+    add("--min-p", type=number("min_p"), metavar="X")
+    penalty = number("repetition_penalty")
+    add("--repetition-penalty", type=penalty, metavar="X", help="1 is none")
+    add("--seed", type=number("seed"), default=0, metavar="N", help="same seed, same reply")
+    where, names = one_of("--experts", *experts), "|".join(experts)
+    add("--experts", type=where, default="auto", metavar=names, help="see --plan")
+    add("--expert-memory", type=number("expert_memory"), metavar="GB", help="for routed experts")
+    add("--context", type=number("context"), metavar="N", help="plan memory for N tokens")
+    add("--plan", action="store_true", help="print the memory plan and exit")
+    add("--drafts", type=drafts, default="auto", metavar="auto|N", help="MTP drafts, 0 to 4")
+    add("--trace", metavar="FILE", help="write the experts chosen by each token")
+    add("--stats", type=one_of("--stats", *stats), default="line", metavar="|".join(stats))
+    add("--trust-remote-code", action="store_true", help="run tokenizer code")
+    add("--version", action="version", version=package_version())
     return parser
 
 
@@ -63,25 +165,62 @@ def find_model(name: str | None) -> Path:
     )
 
 
+def check_before_load(options: argparse.Namespace, folder: Path) -> None:
+    """Refuse now what would be refused after minutes of loading."""
+    from mlx_dsv3.load import SIDECAR, open_folder
+
+    if options.drafts not in ("auto", "0") and not (folder / SIDECAR).is_file():
+        open_folder(folder)  # a folder that is none of ours has another error
+        raise UserError(
+            f"`--drafts {options.drafts}` needs the MTP module and the folder has no `{SIDECAR}`",
+            "`python -m convert mtp SOURCE FOLDER` adds it from the original checkpoint",
+        )
+    if options.trace is not None:
+        check_writable(Path(options.trace))
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a file that cannot be opened for writing; it stays as it is."""
+    try:
+        if path.is_fifo() or path.is_char_device():
+            return  # opening and closing would end whoever reads it
+        is_new = not os.path.lexists(path)
+        path.open("a").close()
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise UserError(
+            f"`{path}` cannot be written: {error.strerror}",
+            "give `--trace` a file in a folder that you may write to",
+        ) from None
+
+
+def sampling_defaults(path: Path) -> dict[str, float]:
+    """Return what generation_config.json says of sampling, unchecked; greedy where nothing."""
+    from mlx_dsv3.config import read_json
+
+    defaults = {"temp": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    config = read_json(path) if path.is_file() else {}
+    for name, key in SAMPLING.items():
+        value = config.get(key) if config.get("do_sample") else None
+        if value is not None and (isinstance(value, bool) or value != OFF.get(name)):
+            defaults[name] = value
+    return defaults
+
+
 def make_sampler(options: argparse.Namespace, folder: Path):
     """Take sampling settings from the flags, then from generation_config.json, else greedy."""
-    from mlx_dsv3.config import read_json
     from mlx_dsv3.sampler import Sampler, repetition_penalties
 
     path = folder / "generation_config.json"
-    config = read_json(path) if path.is_file() else {}
-    defaults = {"temp": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
-    if config.get("do_sample"):
-        names = {"temp": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p"}
-        defaults = {name: config.get(key, defaults[name]) for name, key in names.items()}
-    given = {name: getattr(options, name) for name in defaults}
-    settings = {name: defaults[name] if given[name] is None else given[name] for name in defaults}
-    if settings["temp"] < 0:
-        raise UserError(f"`--temp` is {settings['temp']}", "0 is greedy, 0.6 is usual for R1")
-    penalty = options.repetition_penalty
-    if penalty is not None and penalty <= 0:
-        raise UserError(f"`--repetition-penalty` is {penalty}", "1 is none, 1.1 is usual")
-    return Sampler(**settings, seed=options.seed, penalties=repetition_penalties(penalty))
+    settings = sampling_defaults(path)
+    for name, key in SAMPLING.items():
+        if (given := getattr(options, name)) is not None:
+            settings[name] = given
+        else:
+            SETTINGS[name].check(settings[name], f"`{key}` in `{path}`")
+    penalties = repetition_penalties(options.repetition_penalty)
+    return Sampler(**settings, seed=options.seed, penalties=penalties)
 
 
 class Chat:
@@ -94,22 +233,25 @@ class Chat:
 
         folder = find_model(options.model)
         self.options = options
+        check_before_load(options, folder)
         self.sampler = make_sampler(options, folder)
         self.loaded = load(
             folder,
             experts=options.experts,
             expert_memory_gb=options.expert_memory,
             context=options.context,
+            with_mtp=options.drafts != "0",
             trust_remote_code=options.trust_remote_code,
         )
-        if self.loaded.store.is_streamed:
+        if self.loaded.store.is_streamed and options.stats == "line":
             tell_streaming(self.loaded)
-        if options.trace:
+        if options.trace is not None:
             self.loaded.store.trace_to(Path(options.trace))
         self.gate = make_gate(self.loaded, options.drafts)
         self.state = make_state(self.loaded, with_drafts=self.gate.fixed != 0)
         self.conversation = Conversation(self.loaded.tokenizer, options.system)
         self.last_stats = None
+        self.last_layers = {}  # layer -> its counters in the last reply
 
     def turn(self, text: str) -> None:
         """Answer one message, streaming to stdout.
@@ -119,7 +261,8 @@ class Chat:
         from mlx_dsv3.generate import stream
 
         self.conversation.add_user(text)
-        reply, stats = "", None
+        reply, stats, reason, pieces = "", None, None, iter(())
+        before = self.layers()
         try:
             pieces = stream(
                 self.loaded,
@@ -130,27 +273,45 @@ class Chat:
                 state=self.state,
             )
             for piece in pieces:
-                reply, stats = reply + piece.text, piece.stats
+                reply, stats, reason = reply + piece.text, piece.stats, piece.finish_reason
                 print(piece.text, end="", flush=True)
-                if piece.finish_reason == "length":
-                    print("\n(cut off at the token limit)", end="", file=sys.stderr)
+                if reason == "length":
+                    self.remark("(cut off at the token limit)")
         except KeyboardInterrupt:
-            pieces.close()
-            print("\n(stopped)", end="", file=sys.stderr)
-        except BaseException:
+            if stats is not None:
+                pieces.close()
+            reason = "interrupted"
+            self.remark("(stopped)")
+        except BaseException as error:
             self.conversation.undo()
+            if reply and isinstance(error, UserError):
+                print(flush=True)  # the error begins its own line
             raise
         self.conversation.add_assistant(reply)
         print(flush=True)
         if stats is not None:
-            self.print_stats(stats)
+            self.last_stats = stats
+            self.last_layers = {i: count - before[i] for i, count in self.layers().items()}
+            self.print_stats(reason)
 
-    def print_stats(self, stats) -> None:
-        self.last_stats = stats
+    def layers(self) -> dict:
+        """Return a copy of the counters of the layers that ask for experts, where some stream."""
+        store = self.loaded.store
+        banks = store.banks if store.is_streamed else {}
+        return {i: replace(bank.counters) for i, bank in banks.items() if bank.wants_ids}
+
+    def remark(self, text: str) -> None:
+        """Say how a reply ended, beneath it; as JSON the statistics say so."""
+        if self.options.stats != "json":
+            print(f"\n{text}", end="", file=sys.stderr)
+
+    def print_stats(self, reason: str) -> None:
+        """Print the statistics of the reply that ended, as `--stats` says."""
         if self.options.stats == "json":
-            print(json.dumps(asdict(stats)), file=sys.stderr)
+            values = {"finish_reason": reason, **stats_values(self.last_stats, self.last_layers)}
+            print(json.dumps(values), file=sys.stderr)
         elif self.options.stats == "line":
-            print(f"[{'; '.join(stats_words(stats))}]", file=sys.stderr)
+            print(f"[{'; '.join(stats_words(self.last_stats))}]", file=sys.stderr)
 
     def show_stats(self) -> None:
         """Show what the last reply took, in full."""
@@ -164,14 +325,9 @@ class Chat:
                 words = ", ".join(f"{i}: {n}" for i, n in enumerate(counts) if n)
                 print(f"steps by drafts {what}: {words}", file=sys.stderr)
             print(f"mean accepted: {drafts.mean_accepted:.2f}", file=sys.stderr)
-        for layer, bank in self.loaded.store.banks.items():
-            if not bank.is_resident:
-                count = bank.counters
-                print(
-                    f"layer {layer}: {bank.capacity} slots, {count.hit_rate:.0%} hits, "
-                    f"{count.nbytes / 1e9:.2f} GB read, {count.wait_s:.2f} s waited",
-                    file=sys.stderr,
-                )
+        for layer, count in self.last_layers.items():
+            capacity = self.loaded.store.banks[layer].capacity
+            print(f"layer {layer}: {capacity} slots, {experts_words(count)}", file=sys.stderr)
 
     def clear(self) -> None:
         """Forget the conversation; the system prompt stays."""
@@ -182,18 +338,45 @@ class Chat:
 def tell_streaming(loaded) -> None:
     """Say how experts are streamed and what the disk allows, measured now."""
     store, remark = loaded.store, loaded.plan.rows()[-1][2]
-    speed = store.probe()
+    speed, nbytes = store.probe()
     print(
         f"experts {remark} in memory; the folder reads at {speed / 1e9:.2f} GB/s, so a token takes "
         f"{store.token_bytes / speed:.2g} s of reading where none of its experts is there",
         file=sys.stderr,
     )
-    if speed < SLOW_DISK:
+    if speed < SLOW_DISK and nbytes >= LEAST_PROBED:
         print(
             "hint: that is slow for experts; copy the folder to an internal disk, or give "
             "`--expert-memory` more",
             file=sys.stderr,
         )
+
+
+def experts_words(count) -> str:
+    """Return what was asked of the experts, of one layer or of all."""
+    return (
+        f"{count.hit_rate:.0%} hits, {count.nbytes / 1e9:.2f} GB read ({count.gb_per_s:.1f} GB/s), "
+        f"{count.wait_s:.2f} s waited"
+    )
+
+
+def experts_values(count) -> dict:
+    """Return the same for `--stats json`."""
+    values = asdict(count)
+    values["bytes"] = values.pop("nbytes")
+    return values | {"hit_rate": count.hit_rate, "gb_per_s": count.gb_per_s}
+
+
+def stats_values(stats, layers: dict) -> dict:
+    """Return the statistics for `--stats json`, what follows from the counts included."""
+    values, drafts = asdict(stats), stats.drafts
+    values |= {"prompt_tps": stats.prompt_tps, "reply_tps": stats.reply_tps}
+    for name in ("acceptance", "mean_accepted", "tokens_per_forward", "speed_up"):
+        values["drafts"][name] = getattr(drafts, name)
+    if stats.experts is not None:
+        each = {str(layer): experts_values(count) for layer, count in layers.items()}
+        values["experts"] = experts_values(stats.experts) | {"layers": each}
+    return values
 
 
 def stats_words(stats) -> list[str]:
@@ -211,11 +394,7 @@ def stats_words(stats) -> list[str]:
             text += f", {drafts.speed_up:.2f} x plain"
         words.append(text)
     if (experts := stats.experts) is not None:
-        rate = experts.nbytes / max(experts.wait_s, 1e-9) / 1e9
-        words.append(
-            f"experts {experts.hit_rate:.0%} hits, {experts.nbytes / 1e9:.2f} GB read, "
-            f"{experts.wait_s:.2f} s waited ({rate:.1f} GB/s)"
-        )
+        words.append(f"experts {experts_words(experts)}")
     words.append(f"peak {stats.peak_bytes / 1e9:.2f} GB")
     return words
 
@@ -264,7 +443,8 @@ def repl(chat: Chat) -> None:
     from prompt_toolkit import PromptSession
 
     session = PromptSession(">>> ")
-    print("/help lists commands", file=sys.stderr)
+    if chat.options.stats != "json":
+        print("/help lists commands", file=sys.stderr)
     while True:
         try:
             line = session.prompt().strip()
@@ -281,11 +461,14 @@ def print_plan(options: argparse.Namespace) -> None:
     from mlx_dsv3.load import plan_memory
     from mlx_dsv3.memory import gigabytes
 
+    folder = find_model(options.model)
+    check_before_load(options, folder)
     plan = plan_memory(
-        find_model(options.model),
+        folder,
         experts=options.experts,
         expert_memory_gb=options.expert_memory,
         context=options.context,
+        with_mtp=options.drafts != "0",
     )
     for what, nbytes, remark in plan.rows():
         print(f"{what:<14}{gigabytes(nbytes):>12}   {remark}")
@@ -303,8 +486,6 @@ def main(argv: list[str] | None = None) -> None:
     chat_is_open = not question and sys.stdin is not None and sys.stdin.isatty()
     if not question and not chat_is_open:
         raise UserError("there is no question: stdin is empty", "`-p TEXT` asks one")
-    if options.max_tokens is not None and options.max_tokens < 1:
-        raise UserError(f"`--max-tokens` is {options.max_tokens}", "leave it out for no limit")
     chat = Chat(options)
     if chat_is_open:
         repl(chat)

@@ -409,20 +409,21 @@ class ExpertStore:
             bank.counters = Counters()
         return bank
 
-    def probe(self) -> float:
-        """Fill slots of the first streamed bank and return the bytes per second that it took.
+    def probe(self) -> tuple[float, int]:
+        """Fill slots of streamed banks; return the bytes per second that it took, and the bytes.
 
         Those experts then count as present, so nothing is read for the measurement alone. What
         the system already had in memory is part of the figure.
         """
-        bank = next(bank for bank in self.banks.values() if not bank.is_resident)
-        size = sum(request.nbytes for request in bank.requests[0])
-        count = min(bank.capacity, max(PROBE_BYTES // size, 1))
-        start = time.perf_counter()
-        bank.begin(np.arange(count, dtype=np.int32)).wait()
-        seconds = time.perf_counter() - start
-        bank.counters = Counters()
-        return count * size / seconds
+        nbytes, start = 0, time.perf_counter()
+        for bank in self.banks.values():
+            size = sum(request.nbytes for request in bank.requests[0])
+            count = min(bank.capacity, -(-(PROBE_BYTES - nbytes) // size))
+            if count > 0 and not bank.is_resident:
+                bank.begin(np.arange(count, dtype=np.int32)).wait()
+                bank.counters = Counters()
+                nbytes += count * size
+        return nbytes / (time.perf_counter() - start), nbytes
 
     def trace_to(self, path: Path) -> None:
         """Write the experts of every token and layer to a file: one JSON list a layer and call.

@@ -64,7 +64,7 @@ def make_gate(loaded: Loaded, drafts: str | int) -> Gate:
     """Return the gate for `--drafts`: `auto` or a fixed number of drafts, 0 to 4."""
     if drafts == "auto":
         return Gate(fixed=None if loaded.mtp is not None else 0)
-    if not str(drafts).isdigit() or int(drafts) > MAX_DRAFTS:
+    if not str(drafts).isdecimal() or int(drafts) > MAX_DRAFTS:
         raise UserError(f"`--drafts` is `{drafts}`", f"choose auto or 0 to {MAX_DRAFTS}")
     if int(drafts) and loaded.mtp is None:
         raise UserError(

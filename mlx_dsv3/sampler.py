@@ -13,6 +13,11 @@ from functools import partial
 import mlx.core as mx
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logits_processors
 
+# Below it the noise is lost in the rounding of float32 (and much below the division overflows).
+LEAST_TEMP = 1e-5
+# mlx-lm's top_p reads out of bounds where the product with it rounds to 0.
+LEAST_TOP_P = 1e-6
+
 
 def repetition_penalties(penalty: float | None) -> list[Callable]:
     """Return the penalties for a factor on what the last 20 tokens hold; none for None and 1."""
@@ -28,6 +33,8 @@ def gumbel(size: int, key: mx.array) -> mx.array:
 class Sampler:
     """Sampling settings; `temp` 0 is greedy. Filters apply before the temperature, as in mlx-lm.
 
+    A `top_p` of 0 or 1, a `top_k` of 0 or -1 and a `min_p` of 0 keep every token.
+
     `penalties` are mlx-lm's logits processors: functions of (ids so far, logits).
     """
 
@@ -41,7 +48,7 @@ class Sampler:
     def filtered(self, logprobs: mx.array) -> mx.array:
         """Return log-probabilities (rows, vocabulary) with what the filters drop at -inf."""
         if 0 < self.top_p < 1:
-            logprobs = apply_top_p(logprobs, self.top_p)
+            logprobs = apply_top_p(logprobs, max(self.top_p, LEAST_TOP_P))
         if self.min_p > 0:
             logprobs = apply_min_p(logprobs, self.min_p)
         if 0 < self.top_k < logprobs.shape[-1]:
@@ -71,7 +78,7 @@ class Sampler:
         logits = logits.astype(mx.float32)
         if self.penalties:
             logits = self.penalized(logits, ids())
-        if self.temp == 0:
+        if self.temp < LEAST_TEMP:
             return logits
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         return self.filtered(logprobs) / self.temp + self.noise(position, *logits.shape)

@@ -274,7 +274,8 @@ def test_probe_measures_and_leaves_experts_that_count(folder_of):
     folder = folder_of("q4")
     truth, store = expected_rows(folder), open_store(folder, 16)
     bank = store.open_layer(1)
-    assert store.probe() > 0
+    speed, nbytes = store.probe()
+    assert speed > 0 and nbytes == 16 * sum(request.nbytes for request in bank.requests[0])
     assert (bank.expert_in != EMPTY).all() and bank.counters.misses == 0
     check_slots(bank, truth)
     store.close()

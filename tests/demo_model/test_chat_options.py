@@ -1,0 +1,146 @@
+"""Options of chat.py on the demo model: statistics, traces, the plan, errors inside a reply."""
+
+import json
+import os
+import shutil
+
+import pytest
+
+import chat
+from demo_model.test_chat import QUESTION, refused, run
+from mlx_dsv3 import expert_files
+
+STREAMED = ("--expert-memory", "0.002")
+
+
+@pytest.fixture
+def open_chat(demo_q4):
+    """Return a function arguments -> Chat, in this process; stores are closed at the end."""
+    chats = []
+
+    def start(*arguments: str) -> chat.Chat:
+        options = chat.make_parser().parse_args([str(demo_q4), *arguments])
+        chats.append(chat.Chat(options))
+        return chats[-1]
+
+    yield start
+    for one in chats:
+        one.loaded.store.close()
+
+
+def test_json_statistics_of_streamed_experts(open_chat, capsys):
+    """One line a reply, nothing else, and figures of that reply: counters run since the load."""
+    session = open_chat("--stats", "json", *STREAMED, "--drafts", "2")
+    for question in (QUESTION, "And of Italy?"):
+        chat.answer_line(session, question)
+        stats = json.loads(capsys.readouterr().err)
+        drafts, experts = stats["drafts"], stats["experts"]
+        assert stats["finish_reason"] == "stop" and stats["prompt_tps"] > 0 < stats["reply_tps"]
+        assert drafts["mean_accepted"] == sum(drafts["accepted"]) / sum(drafts["steps"][1:])
+        assert len(drafts["acceptance"]) <= 2 and drafts["tokens_per_forward"] >= 1
+        assert "speed_up" in drafts
+        assert experts["hit_rate"] == experts["hits"] / (experts["hits"] + experts["misses"])
+        assert experts["bytes"] > 0 < experts["gb_per_s"] and experts["wait_s"] > 0
+        assert experts["layers"].keys() == set(map(str, session.loaded.store.banks))
+        for name in ("hits", "misses", "bytes"):
+            assert sum(layer[name] for layer in experts["layers"].values()) == experts[name]
+
+
+def test_json_statistics_of_resident_experts(open_chat, capsys):
+    session = open_chat("--stats", "json", "--max-tokens", "2")
+    chat.answer_line(session, QUESTION)
+    stats = json.loads(capsys.readouterr().err)  # so `cut off` is no line of its own
+    assert stats["experts"] is None and stats["finish_reason"] == "length"
+
+
+def test_nothing_on_stderr_without_statistics(demo_q4):
+    done = run(demo_q4, "-p", QUESTION, "--stats", "off", *STREAMED)
+    assert done.returncode == 0 and done.stderr == ""
+
+
+def test_stats_command_tells_the_last_reply(open_chat, capsys):
+    """It told the sum since the load, so that one cold reply hid all later ones."""
+    session = open_chat("--stats", "off", *STREAMED, "--drafts", "0")
+    chat.answer_line(session, "/stats")
+    assert capsys.readouterr().err == "no reply yet\n"
+    for _ in range(2):
+        chat.answer_line(session, QUESTION)
+        chat.answer_line(session, "/clear")
+        capsys.readouterr()
+    counts = session.last_layers
+    assert 0 < sum(count.hits for count in counts.values()) < session.loaded.store.counters.hits
+    chat.answer_line(session, "/stats")
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("layer ")]
+    assert len(lines) == len(counts)
+    for line, (layer, count) in zip(lines, counts.items(), strict=True):
+        capacity = session.loaded.store.banks[layer].capacity
+        assert line.startswith(f"layer {layer}: {capacity} slots, {count.hit_rate:.0%} hits, ")
+
+
+def test_trace_is_json_lines(demo_q4, tmp_path):
+    path = tmp_path / "trace"
+    assert run(demo_q4, "-p", QUESTION, "--trace", path, "--drafts", "0").returncode == 0
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    config = json.loads((demo_q4 / "config.json").read_text())
+    for layer, tokens in lines:
+        assert config["first_k_dense_replace"] <= layer < config["num_hidden_layers"]
+        assert all(len(set(ids)) == config["num_experts_per_tok"] for ids in tokens)
+    assert len(lines) > 10
+
+
+def test_plan_names_what_takes_memory(demo_q4):
+    done = run(demo_q4, "--plan", "--context", "2048")
+    names = [line[:14].strip() for line in done.stdout.splitlines()]
+    memory = ["trunk", "MTP module", "latent cache", "transients", "experts"]
+    assert names == [*memory, "together", "allowed"]
+    assert "2,048 tokens" in done.stdout and "resident: 32 of 32 a layer" in done.stdout
+    assert done.returncode == 0 and done.stderr == ""
+
+
+@pytest.mark.parametrize("how", [["--plan"], ["-p", "Hi"]])
+def test_refused_before_the_load(demo_q4, tmp_path, how):
+    refused(run(demo_q4, *how, "--trace", tmp_path / "absent" / "trace"), "cannot be written")
+    shutil.copytree(demo_q4, tmp_path / "bare", ignore=shutil.ignore_patterns("mtp.*"))
+    done = run(tmp_path / "bare", *how, "--drafts", "2")
+    refused(done, "has no `mtp.safetensors`", "python -m convert mtp SOURCE FOLDER")
+
+
+def test_drafts_of_no_folder_is_no_folder(tmp_path):
+    """Not `has no mtp.safetensors`, which is true of every folder that does not exist."""
+    refused(run(tmp_path / "absent", "--plan", "--drafts", "2"), "no folder")
+
+
+def test_a_read_error_inside_a_reply(open_chat, capsys, monkeypatch):
+    """The error begins its own line, the session goes on and knows nothing of the failed turn."""
+    session = open_chat(*STREAMED, "--stats", "off", "--drafts", "0")
+    chat.answer_line(session, QUESTION)
+    answer = capsys.readouterr().out
+    chat.answer_line(session, "/clear")
+    shown, preadv = [], os.preadv
+
+    def failing(fd, buffers, offset):
+        raise OSError(5, "Input/output error")
+
+    class Break:
+        """Text of the reply, after whose first pieces the disk fails and the banks are empty."""
+
+        def write(self, text):
+            shown.append(text)
+            if len(shown) == 3:
+                monkeypatch.setattr(expert_files.os, "preadv", failing)
+                for bank in session.loaded.store.banks.values():
+                    bank.forget(bank.expert_in[bank.expert_in >= 0])
+
+        def flush(self):
+            pass
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", Break())
+        chat.answer_line(session, QUESTION)
+    monkeypatch.setattr(expert_files.os, "preadv", preadv)
+    text = "".join(shown)
+    assert text.endswith("\n") and text[:-1] and answer.startswith(text[:-1]) and text != answer
+    assert "Input/output error" in capsys.readouterr().err
+    assert not session.conversation.messages
+    chat.answer_line(session, QUESTION)
+    assert capsys.readouterr().out == answer

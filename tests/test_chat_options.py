@@ -1,0 +1,159 @@
+"""Options of chat.py: what is refused before anything is loaded, and in which words."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlx.core as mx
+import pytest
+
+import chat
+from mlx_dsv3.errors import UserError
+from mlx_dsv3.generate import make_gate
+from mlx_dsv3.sampler import Sampler
+
+ROOT = Path(__file__).parents[1]
+BAD = {
+    "--temp": ["nan", "inf", "-1", "x", "1001", ""],
+    "--top-p": ["0", "-0.1", "1.01", "nan", "x"],
+    "--top-k": ["-1", "1.5", "x"],
+    "--min-p": ["-0.1", "1.1", "nan"],
+    "--max-tokens": ["0", "-3", "1.5", "nan"],
+    "--repetition-penalty": ["0", "-1", "nan", "inf"],
+    "--seed": ["x", "1.5", "9" * 5000],
+    "--expert-memory": ["nan", "inf", "-1", "abc", "1e300"],
+    "--context": ["0", "-1", "x", "1e3"],
+    "--drafts": ["²", "5", "-1", "many", "", "01"],
+    "--experts": ["bogus", ""],
+    "--stats": ["foo"],
+}
+GOOD = {
+    "--temp": ["0", "1e-40", "1000"],
+    "--top-p": ["1e-50", "1"],
+    "--top-k": ["0", "50"],
+    "--min-p": ["0", "1"],
+    "--seed": ["-1", str(2**40)],
+    "--expert-memory": ["0.5", "70"],
+    "--context": ["1", str(10**30)],
+    "--drafts": ["auto", "0", "4"],
+}
+
+
+def pairs(table: dict[str, list[str]]) -> list[tuple[str, str]]:
+    return [(flag, value) for flag, values in table.items() for value in values]
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    return chat.make_parser().parse_args([str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize(("flag", "value"), pairs(BAD), ids=lambda text: text[:20])
+def test_bad_values_are_refused_by_name(flag, value):
+    """`--drafts ²` passed isdigit() and failed after the load; `--top-p 2` was taken as off."""
+    with pytest.raises(UserError) as error:
+        parse(f"{flag}={value}")
+    assert error.value.message.startswith(f"`{flag}` is `{value}`") and error.value.hint
+
+
+@pytest.mark.parametrize(("flag", "value"), pairs(GOOD))
+def test_good_values_pass(flag, value):
+    given = getattr(parse(f"{flag}={value}"), flag[2:].replace("-", "_"))
+    assert str(given) == value or given == float(value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--frobnicate"], "unrecognized arguments: --frobnicate"),
+        (["folder", "other"], "unrecognized arguments: other"),
+        (["-p"], "`-p/--prompt`: expected one argument"),
+        (["--ex", "2"], "ambiguous option"),
+        (["--temp", "hot"], "`--temp` is `hot`"),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence(arguments, words):
+    """Argparse printed ten lines of usage around its sentence."""
+    command = [sys.executable, ROOT / "chat.py", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    error, blank, hint = done.stderr.splitlines()
+    assert (done.returncode, done.stdout, blank) == (2, "", "")
+    assert error.startswith("error: ") and words in error and hint.startswith("hint: ")
+
+
+def sampler_of(folder: Path, *arguments: str, **config) -> Sampler:
+    (folder / "generation_config.json").write_text(json.dumps(config))
+    return chat.make_sampler(parse(*arguments), folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("temperature", -0.5),
+        ("temperature", float("nan")),
+        ("temperature", "0.6"),
+        ("temperature", True),
+        ("top_p", 1.5),
+        ("top_p", False),
+        ("top_k", -2),
+        ("top_k", 2.5),
+        ("min_p", 2),
+    ],
+)
+def test_generation_config_is_checked_where_it_counts(tmp_path, key, value):
+    """The file is named; a flag in its place, or `do_sample` off, leaves its value unused."""
+    with pytest.raises(UserError) as error:
+        sampler_of(tmp_path, do_sample=True, **{key: value})
+    assert f"`{key}` in `{tmp_path / 'generation_config.json'}` is" in error.value.message
+    flag = "--temp" if key == "temperature" else f"--{key.replace('_', '-')}"
+    assert flag in error.value.hint
+    sampler_of(tmp_path, flag, "1", do_sample=True, **{key: value})
+    sampler_of(tmp_path, do_sample=False, **{key: value})
+
+
+def test_generation_config_may_say_off(tmp_path):
+    """0, -1 and null are how other writers leave a filter out."""
+    sampler = sampler_of(tmp_path, do_sample=True, temperature=0.6, top_p=0, top_k=-1, min_p=None)
+    assert (sampler.temp, sampler.top_p, sampler.top_k, sampler.min_p) == (0.6, 1.0, 0, 0.0)
+
+
+@pytest.mark.parametrize("settings", [{"top_p": 1e-50}, {"temp": 1e-40}, {"min_p": 1.0}])
+def test_extreme_settings_are_greedy(settings):
+    """All scores were -inf, and the reply a row of token 0: 1e-50 is 0 in float32."""
+    sampler = Sampler(**({"temp": 1.0} | settings))
+    logits = mx.array([[0.0, 1.0, 3.0, 2.0]])
+    assert [sampler(logits, position).item() for position in range(20)] == [2] * 20
+
+
+def check(folder: Path, *arguments) -> None:
+    chat.check_before_load(parse(*arguments), folder)
+
+
+def test_trace_is_tried_before_the_load_and_left_as_it_is(tmp_path):
+    """A load of minutes and then `Permission denied`; or a trace lost to a load that failed."""
+    check(tmp_path, "--trace", tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "old").write_text("[3, [[1, 2]]]\n")
+    check(tmp_path, "--trace", tmp_path / "old")
+    assert (tmp_path / "old").read_text() == "[3, [[1, 2]]]\n"
+
+
+@pytest.mark.parametrize("name", ["", "absent/trace", "x" * 300])
+def test_trace_that_cannot_be_written(tmp_path, name):
+    with pytest.raises(UserError, match="cannot be written") as error:
+        check(tmp_path, "--trace", tmp_path / name)
+    assert error.value.hint
+
+
+def test_drafts_without_the_module_say_what_the_gate_says(tmp_path, monkeypatch):
+    """Two places refuse the same thing; they must not send people to different commands."""
+    monkeypatch.setattr("mlx_dsv3.load.open_folder", lambda folder: None)
+    check(tmp_path, "--drafts", "0")
+    check(tmp_path, "--drafts", "auto")
+    with pytest.raises(UserError) as early:
+        check(tmp_path, "--drafts", "2")
+    with pytest.raises(UserError) as late:
+        make_gate(SimpleNamespace(mtp=None), "2")
+    assert str(early.value) == str(late.value)
