@@ -1,6 +1,6 @@
 """Streamed experts: read bandwidth, overlap, prefill, memory, and replacement policies.
 
-    python benchmarks/bench_experts.py [--folder DIR] [reads overlap prefill memory]
+    python benchmarks/bench_experts.py [--folder DIR] [reads overlap prefill regime memory]
     python benchmarks/bench_experts.py --replay TRACE [--slots N ...]
     python benchmarks/bench_experts.py --predict MODEL --text FILE
 
@@ -8,6 +8,7 @@ reads     one MoE layer at true V3 shapes, 4 bits: GB/s of the store over GB/s o
           reads of the same byte ranges, cold cache, alternating; records and stacked
 overlap   reads slowed on purpose: a step should take max(compute, read), not the sum
 prefill   512 tokens at a quarter of the slots: reads by layer, and time beside one by one
+regime    decoding with slots alone, and with the system's page cache behind them (Linux)
 memory    growth of resident memory beside what the plan promised, for three budgets
 --replay  hit rates of policies at several capacities on a trace written by chat.py --trace
 --predict how many of a layer's experts its router names when it is asked one layer early
@@ -35,7 +36,7 @@ from policies import replay
 from synthetic import BASE, drop_from_page_cache, write_folder
 
 from mlx_dsv3 import expert_store, moe
-from mlx_dsv3.expert_store import NUM_READERS, ExpertStore
+from mlx_dsv3.expert_store import NUM_READERS, ExpertStore, Files
 from mlx_dsv3.load import load, load_model, open_folder, plan_memory
 
 V3_LAYER = BASE | {
@@ -90,7 +91,8 @@ def bench_reads(root: Path, dtype: mx.Dtype = mx.bfloat16, trials: int = 7) -> l
         store = ExpertStore(opened.every, opened.args, dtype, {1: SLOTS})
         bank = store.open_layer(1)
         buffers = [bytearray(16 << 20) for _ in range(9 * MISSES)]
-        fds = {path: os.open(path, os.O_RDONLY) for path in folder.glob("*.safetensors")}
+        files = Files()  # bare reads bypass the page cache where the store's do
+        fds = {path: files.open(path) for path in folder.glob("*.safetensors")}
         rng, ratios, speeds = np.random.default_rng(0), [], []
         for trial in range(trials):
             chosen = rng.permutation(256)[: STEPS * MISSES].reshape(STEPS, MISSES)
@@ -110,8 +112,7 @@ def bench_reads(root: Path, dtype: mx.Dtype = mx.bfloat16, trials: int = 7) -> l
             ratios.append(seconds["bare"] / seconds["store"])
             speeds.append(nbytes / seconds["store"] / 1e9)
         store.close()
-        for fd in fds.values():
-            os.close(fd)
+        files.close()
         row = {"layout": layout, "dtype": str(dtype), "GB/s": statistics.median(speeds)}
         row |= {"ratio": statistics.median(ratios), "ratios": [round(r, 3) for r in ratios]}
         rows.append(row)
@@ -248,6 +249,52 @@ def prefill_row(root: Path, config: dict, recipe: str, is_slow: bool) -> dict:
     return row
 
 
+def bench_regime(root: Path, tokens: int = 40) -> list[dict]:
+    """Decode with slots alone, with the page cache behind them, and with it for half of them.
+
+    Without the page cache every range is dropped from it once it was read (Linux): what the slots
+    miss comes from the disk. Page cache and slots may hold the same bytes; `memory` counts both.
+    """
+    folder, rows = root / "mid", []
+    if not folder.is_dir():
+        write_folder(folder, MID)
+    size = sum(path.stat().st_size for path in folder.glob("model-experts*"))
+    for share, keeps in ((0.5, False), (0.25, True), (0.25, False), (0.5, True)):
+        model, _, store, args, _ = load_with_slots(folder, share)
+        if not keeps:
+            store._read = dropping(store)
+        ids = np.random.default_rng(0).integers(0, args.vocab_size, 8 + tokens).tolist()
+        cache, times = model.make_cache(), []
+        drop_from_page_cache(folder)
+        for i, token in enumerate(ids):
+            start = time.perf_counter()
+            mx.eval(model.hidden(mx.array([[token]]), cache))
+            times += [time.perf_counter() - start] if i >= 8 else []
+        slots = sum(bank.nbytes for bank in store.banks.values())
+        memory = slots + (size if keeps else 0)
+        store.close()
+        row = {"slots": share, "page_cache": keeps, "ms": 1e3 * statistics.median(times)}
+        rows.append(row | {"memory_gb": memory / 1e9})
+        print(
+            f"regime  {share:.0%} of the slots, page cache {'kept' if keeps else 'dropped'}: "
+            f"{row['ms']:.0f} ms a token, at most {memory / 1e9:.2f} GB"
+        )
+    return rows
+
+
+def dropping(store: ExpertStore):
+    """Return the store's reader, after which the bytes leave the page cache."""
+    read, files = store._read, store._files
+
+    def read_and_drop(bank, request, slot):
+        read(bank, request, slot)
+        os.posix_fadvise(
+            files.open(request.path), request.offset, request.nbytes, os.POSIX_FADV_DONTNEED
+        )
+
+    return read_and_drop
+
+
 CHILD = """
 import sys, json, resource, mlx.core as mx
 from pathlib import Path
@@ -322,7 +369,8 @@ def bench_predict(folder: Path, text: str) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", default=["reads", "overlap", "prefill", "memory"])
+    parts = ["reads", "overlap", "prefill", "regime", "memory"]
+    parser.add_argument("parts", nargs="*", default=parts, metavar="PART")
     parser.add_argument("--folder", type=Path, help="where inputs are made and kept")
     parser.add_argument("--replay", type=Path, metavar="TRACE")
     parser.add_argument("--slots", type=int, nargs="+")
@@ -351,6 +399,8 @@ def main() -> None:
             result["overlap"] = bench_overlap(root)
         if "prefill" in options.parts:
             result["prefill"] = bench_prefill(root)
+        if "regime" in options.parts:
+            result["regime"] = bench_regime(root)
         if "memory" in options.parts:
             result["memory"] = bench_memory(root)
     print(json.dumps(result))
