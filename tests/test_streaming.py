@@ -88,6 +88,18 @@ def test_logits_are_the_same_bits_at_every_capacity(folder_of, packing, arrangem
         assert store.counters.misses > E  # it did stream
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("arrangement", ["records", "stacked"])
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_200_tokens_are_the_same_bits_at_every_capacity(folder_of, packing, arrangement):
+    folder = folder_of(packing, arrangement)
+    resident, _ = logits_of(folder, E, 200)
+    for capacity in (K, K + 1, 2 * K, E // 4, E // 2, E - 1):
+        streamed, store = logits_of(folder, capacity, 200)
+        assert np.array_equal(streamed, resident), f"{capacity} slots"
+        assert all(bank.counters.misses >= E for bank in store.banks.values())
+
+
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_gathered_prefills_are_the_same_bits_too(folder_of, packing, monkeypatch):
     """A GPU gathers rows where a CPU takes one dense product an expert."""
