@@ -17,11 +17,13 @@ from test_sampler import SETTINGS
 from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.gate import Gate
 from mlx_dsv3.model import Model
-from mlx_dsv3.sampler import Sampler
+from mlx_dsv3.sampler import Sampler, repetition_penalties
 from mlx_dsv3.speculative import Decoder, DraftStats, decode
 from mlx_dsv3.state import State
 
-SIZE, LAST = 6, 2
+SIZE, FIRST, LAST = 6, 0, 2  # the prompt is FIRST and LAST
+PENALISED = {"penalised": {"temp": 1.0, "penalty": 2.0}}
+PENALISED |= {"penalised, all": SETTINGS["all"] | {"penalty": 1.5}}
 FEW, MANY = 4_000, 20_000  # seeds in `make test` and in the slow lane
 
 
@@ -55,20 +57,33 @@ def models() -> tuple[Model, Table]:
 def joint_counts(models, options: dict, drafts: int, seeds: int) -> tuple[np.ndarray, list]:
     """Return counts (SIZE, SIZE) of the first two tokens, and acceptance by position."""
     model, table = models
-    g, counts, stats = model.hidden(mx.array([[0]])), np.zeros((SIZE, SIZE)), DraftStats()
+    g, counts, stats = model.hidden(mx.array([[FIRST]])), np.zeros((SIZE, SIZE)), DraftStats()
+    options = dict(options)
+    options["penalties"] = repetition_penalties(options.pop("penalty", None))
     for seed in range(seeds):
         state = State([], KVCache())
-        state.commit([0], g)
+        state.commit([FIRST], g)
         decoder = Decoder(model, table, state, Sampler(seed=seed, **options))
         first, second, *_ = decode(decoder, LAST, drafts + 1, Gate(fixed=drafts), set(), stats)
         counts[first, second] += 1
     return counts, stats.acceptance
 
 
-def joint_distribution(models, options: dict) -> np.ndarray:
-    logits = np.array(models[0](mx.arange(SIZE)[None])[0])
-    rows = np.stack([distribution(row, **options) for row in logits])
-    return rows[LAST][:, None] * rows
+def joint_distribution(models, options: dict, forgets: bool = False) -> np.ndarray:
+    """Return the exact distribution; `forgets` is the mistake of penalties not seeing the draft."""
+    logits = np.array(models[0](mx.arange(SIZE)[None])[0], np.float64)
+    options = dict(options)
+    penalty = options.pop("penalty", 1.0)
+
+    def after(last: int, said: set[int]) -> np.ndarray:
+        row = logits[last].copy()
+        for token in said:
+            row[token] *= 1 / penalty if row[token] > 0 else penalty
+        return distribution(row, **options)
+
+    first = after(LAST, {FIRST, LAST})
+    rows = [after(token, {FIRST, LAST} | (set() if forgets else {token})) for token in range(SIZE)]
+    return first[:, None] * np.stack(rows)
 
 
 def assert_right(models, options: dict, drafts: int, seeds: int) -> None:
@@ -87,9 +102,18 @@ def test_emitted_tokens(models, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("drafts", [1, 2])
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", SETTINGS | PENALISED)
 def test_emitted_tokens_of_every_setting(models, name, drafts):
-    assert_right(models, SETTINGS[name], drafts, MANY)
+    assert_right(models, (SETTINGS | PENALISED)[name], drafts, MANY)
+
+
+@pytest.mark.parametrize("options", PENALISED.values(), ids=PENALISED)
+def test_emitted_tokens_under_a_penalty(models, options):
+    """The second token is penalised for the first, though both come out of one pass."""
+    counts, _ = joint_counts(models, options, 1, FEW)
+    assert agrees(counts, joint_distribution(models, options))
+    assert not agrees(counts, joint_distribution(models, options, forgets=True))
+    assert not agrees(counts, joint_distribution(models, options | {"penalty": 1.0}))
 
 
 def accept_all(self, last: int, count: int) -> tuple[list[int], int]:
