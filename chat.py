@@ -199,10 +199,11 @@ def sampling_defaults(path: Path) -> dict[str, float]:
     """Return what generation_config.json says of sampling, unchecked; greedy where nothing."""
     from mlx_dsv3.config import read_json
 
-    defaults = {"temp": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
     config = read_json(path) if path.is_file() else {}
+    samples = bool(config.get("do_sample"))  # temperature 1 is then transformers' own default
+    defaults = {"temp": float(samples), "top_p": 1.0, "top_k": 0, "min_p": 0.0}
     for name, key in SAMPLING.items():
-        value = config.get(key) if config.get("do_sample") else None
+        value = config.get(key) if samples else None
         if value is not None and (isinstance(value, bool) or value != OFF.get(name)):
             defaults[name] = value
     return defaults

@@ -119,6 +119,12 @@ def test_generation_config_may_say_off(tmp_path):
     assert (sampler.temp, sampler.top_p, sampler.top_k, sampler.min_p) == (0.6, 1.0, 0, 0.0)
 
 
+def test_sampling_without_a_temperature_is_at_one(tmp_path):
+    """As transformers reads the file; without `do_sample` it is greedy there too."""
+    assert sampler_of(tmp_path, do_sample=True).temp == 1.0
+    assert sampler_of(tmp_path, temperature=0.6).temp == 0.0
+
+
 @pytest.mark.parametrize("settings", [{"top_p": 1e-50}, {"temp": 1e-40}, {"min_p": 1.0}])
 def test_extreme_settings_are_greedy(settings):
     """All scores were -inf, and the reply a row of token 0: 1e-50 is 0 in float32."""
