@@ -11,13 +11,12 @@ peak above what was active before. Run it once with MLX's own BLAS and once with
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 
 import mlx.core as mx
 import mlx.nn as nn
+from conditions import print_conditions
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import KVCache
 from mlx_lm.models.deepseek_v3 import DeepseekV3Attention
@@ -143,15 +142,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=2, help="tokens verified at once")
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
-    conditions = {
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "mlx": mx.__version__,
-        "device": str(mx.default_device()),
-        "blas": "OpenBLAS" if "openblas" in os.environ.get("LD_PRELOAD", "") else "bundled",
-        "context": args.context,
-        "queries": args.queries,
-    }
-    print(json.dumps(conditions))
+    conditions = print_conditions(context=args.context, queries=args.queries)
     ours, theirs, x = make_sides(args.context, args.queries)
     sides = {"ours": ours, "mlx_lm": theirs}
     outs = {name: run(side, x)[0] for name, side in sides.items()}  # warm-up; caches have grown

@@ -22,8 +22,8 @@ import time
 from math import ceil, prod
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
+from conditions import print_conditions
 from rich.console import Console
 from rich.table import Table
 
@@ -232,12 +232,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3, help="timed runs of each program")
     parser.add_argument("--skip-large", action="store_true")
     args = parser.parse_args()
-    conditions = {
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "mlx": mx.__version__,
-        "device": str(mx.default_device()),
-    }
-    print(json.dumps(conditions))
+    conditions = print_conditions()
     _, base = measure(EMPTY)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         large = None if args.skip_large else bench_large(Path(name), base)

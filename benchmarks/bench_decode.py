@@ -10,8 +10,6 @@ Prints conditions, a table, and one JSON line last.
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -19,6 +17,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from conditions import print_conditions
 from mlx_lm.utils import load_model as load_in_mlx_lm
 from synthetic import BASE, write_folder
 
@@ -71,10 +70,11 @@ def main() -> None:
         models = {"mlx-lm": theirs, "ours": ours, "ours, ids read": forced(folder)}
         rng = np.random.default_rng(0)
         ids = mx.array(rng.integers(2, 1000, (1, 16)))
-        print(
-            f"conditions: {platform.system()} {platform.machine()}, {os.cpu_count()} cores, MLX "
-            f"{mx.__version__}, {config['num_hidden_layers']} layers, hidden "
-            f"{config['hidden_size']}, {options.pairs} pairs of {options.tokens} tokens"
+        conditions = print_conditions(
+            layers=config["num_hidden_layers"],
+            hidden=config["hidden_size"],
+            pairs=options.pairs,
+            tokens=options.tokens,
         )
         speeds = {name: [] for name in models}
         texts = {name: decode(model, ids, 4)[2] for name, model in models.items()}  # warm-up
@@ -95,7 +95,7 @@ def main() -> None:
             f"decode {row['decode_tps']:7.1f}/s ({row['decode_ratio']:.2f} x mlx-lm)"
         )
     print(f"same tokens: {result['same_tokens']}")
-    print(json.dumps(result))
+    print(json.dumps({"bench": "decode", **conditions, **result}))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import argparse
 import dataclasses
 import json
 import os
-import platform
 import queue
 import statistics
 import subprocess
@@ -32,10 +31,11 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from conditions import print_conditions
 from policies import replay
 from synthetic import BASE, drop_from_page_cache, write_folder
 
-from mlx_dsv3 import expert_store, moe
+from mlx_dsv3 import moe
 from mlx_dsv3.expert_store import NUM_READERS, ExpertStore, Files
 from mlx_dsv3.load import load, load_model, open_folder, plan_memory
 
@@ -377,17 +377,19 @@ def main() -> None:
     parser.add_argument("--predict", type=Path, metavar="MODEL")
     parser.add_argument("--text", type=Path, help="text for --predict")
     options = parser.parse_args()
-    print(
-        f"conditions: {platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
-        f"Python {platform.python_version()}, MLX {mx.__version__}, {NUM_READERS} readers, "
-        f"hits first after {moe.HITS_FIRST_AFTER_S * 1e3} ms, {expert_store.__name__}"
+    if unknown := set(options.parts) - set(parts):
+        parser.error(f"`{min(unknown)}` is no part; the parts are {', '.join(parts)}")
+    conditions = print_conditions(
+        readers=NUM_READERS, hits_first_after_ms=moe.HITS_FIRST_AFTER_S * 1e3
     )
     if options.replay:
-        print(json.dumps({"replay": replay(options.replay, options.slots)}))
+        result = {"replay": replay(options.replay, options.slots)}
+        print(json.dumps({"bench": "experts", **conditions, **result}))
         return
     if options.predict:
         text = options.text.read_text(encoding="utf-8")
-        print(json.dumps({"predict": bench_predict(options.predict, text)}))
+        result = {"predict": bench_predict(options.predict, text)}
+        print(json.dumps({"bench": "experts", **conditions, **result}))
         return
     with tempfile.TemporaryDirectory() as scratch:
         root = options.folder or Path(scratch)
@@ -403,7 +405,7 @@ def main() -> None:
             result["regime"] = bench_regime(root)
         if "memory" in options.parts:
             result["memory"] = bench_memory(root)
-    print(json.dumps(result))
+    print(json.dumps({"bench": "experts", **conditions, **result}))
 
 
 if __name__ == "__main__":

@@ -19,8 +19,6 @@ a fast BLAS it is lower. Run it both ways (threads of OpenBLAS that wait for wor
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import statistics
 import tempfile
@@ -30,6 +28,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import subjects
+from conditions import print_conditions
 from rich.console import Console
 from rich.table import Table
 from subjects import Subject
@@ -242,16 +241,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
     args = parser.parse_args()
-    conditions = {
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "load": round(os.getloadavg()[0], 1),
-        "mlx": mx.__version__,
-        "device": str(mx.default_device()),
-        "blas": "OpenBLAS" if "openblas" in os.environ.get("LD_PRELOAD", "") else "MLX's own",
-        "prompts": args.prompts,
-        "tokens": args.tokens,
-    }
-    print(json.dumps(conditions))
+    conditions = print_conditions(prompts=args.prompts, tokens=args.tokens)
     with tempfile.TemporaryDirectory(dir=args.folder) as work:
         results = rounded(measure(args, Path(work)))
     print_tables(results)

@@ -12,11 +12,10 @@ import argparse
 import contextlib
 import io
 import json
-import platform
 import tempfile
 from pathlib import Path
 
-import mlx.core as mx
+from conditions import print_conditions
 from rich.console import Console
 from rich.table import Table
 
@@ -60,12 +59,7 @@ def main() -> None:
     parser.add_argument("--golden", type=Path, nargs="+", help="default: tests/golden/")
     args = parser.parse_args()
     files = args.golden or sorted((ROOT / "tests/golden").glob("*.safetensors"))
-    conditions = {
-        "machine": f"{platform.system()} {platform.machine()}",
-        "mlx": mx.__version__,
-        "device": str(mx.default_device()),
-    }
-    print(json.dumps(conditions))
+    conditions = print_conditions()
     table, rows = Table("recipe", "golden", "mode", *COLUMNS, ""), []
     with tempfile.TemporaryDirectory(dir=args.folder) as work:
         for recipe in args.recipes:

@@ -1,4 +1,4 @@
-"""Fixtures: random models written as MLX folders once a session, and loaded on both sides."""
+"""Fixtures: random models on both sides, and the demo checkpoint, converted once a session."""
 
 import signal
 from pathlib import Path
@@ -10,7 +10,10 @@ import torch
 from mlx_folder import write_mlx
 from parity.pairs import Pair, load_reference
 
+from convert.__main__ import main as convert
 from mlx_dsv3.load import load_model
+
+CHECKPOINT = Path(__file__).parents[1] / "demo" / "checkpoint"
 
 # Threads cost more than they give at these sizes: 5 s against 0.05 s a forward, 2 busy cores.
 torch.set_num_threads(1)
@@ -73,3 +76,23 @@ def oracle(tmp_path_factory):
         return made[key]
 
     return load
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> Path:
+    return CHECKPOINT
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory):
+    """Return a function recipe -> folder, converted once each."""
+    made = {}
+
+    def run(recipe: str) -> Path:
+        if recipe not in made:
+            folder = tmp_path_factory.mktemp("demo") / recipe
+            assert not convert(["run", str(CHECKPOINT), str(folder), "--recipe", recipe])
+            made[recipe] = folder
+        return made[recipe]
+
+    return run

@@ -1,34 +1,11 @@
-"""Fixtures: the committed demo checkpoint, converted by the real converter once a session."""
+"""Fixtures: the demo model in 4 bits, and prompts for it."""
 
 from pathlib import Path
 
 import pytest
 
-from convert.__main__ import main as convert
 from mlx_dsv3.conversation import Conversation
 from mlx_dsv3.load import load
-
-CHECKPOINT = Path(__file__).parents[2] / "demo" / "checkpoint"
-
-
-@pytest.fixture(scope="session")
-def checkpoint() -> Path:
-    return CHECKPOINT
-
-
-@pytest.fixture(scope="session")
-def converted(tmp_path_factory):
-    """Return a function recipe -> folder, converted once each."""
-    made = {}
-
-    def run(recipe: str) -> Path:
-        if recipe not in made:
-            folder = tmp_path_factory.mktemp("demo") / recipe
-            assert not convert(["run", str(CHECKPOINT), str(folder), "--recipe", recipe])
-            made[recipe] = folder
-        return made[recipe]
-
-    return run
 
 
 @pytest.fixture(scope="session")

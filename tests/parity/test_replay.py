@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from convert.__main__ import main as convert
 from mlx_dsv3 import bounds, parity
 from mlx_dsv3.differences import Stage, Text, divergence
 from mlx_dsv3.errors import UserError, run_main
@@ -22,26 +21,10 @@ from mlx_dsv3.headers import read_header
 from mlx_dsv3.replay import read_golden
 
 ROOT = Path(__file__).parents[2]
-CHECKPOINT = ROOT / "demo" / "checkpoint"
 GOLDEN = ROOT / "tests" / "golden"
 FLOAT32, FP8, LONG = (
     GOLDEN / f"demo-{name}.safetensors" for name in ("float32", "fp8", "fp8-long")
 )
-
-
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory):
-    """Return a function recipe -> folder of the demo model, converted once each."""
-    made = {}
-
-    def run(recipe: str) -> Path:
-        if recipe not in made:
-            folder = tmp_path_factory.mktemp("replay") / recipe
-            assert not convert(["run", str(CHECKPOINT), str(folder), "--recipe", recipe])
-            made[recipe] = folder
-        return made[recipe]
-
-    return run
 
 
 @pytest.fixture
