@@ -7,6 +7,7 @@ fit. Only this file knows what the machine allows.
 
 import os
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 
 import mlx.core as mx
@@ -296,7 +297,7 @@ def refuse(plan: MemoryPlan, args: ModelArgs, budget_was_given: bool) -> None:
             f"{plan.context:,} or a recipe with fewer bits needs less"
         )
     if mx.metal.is_available():
-        wanted = int(plan.total_bytes / USABLE_SHARE / 2**20)
+        wanted = ceil(plan.total_bytes / USABLE_SHARE / 2**20)
         if wanted < MOST_WIRED_SHARE * mx.device_info()["memory_size"] / 2**20:
             hint += f"; or allow the GPU more: `sudo sysctl iogpu.wired_limit_mb={wanted}`"
     raise UserError(message, hint)

@@ -7,7 +7,14 @@ from mlx_folder import write_mlx
 
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.load import load_model, open_folder, plan_memory
-from mlx_dsv3.memory import PREFILL_CHUNKS, RESIDENT_CHUNK, transient_bytes
+from mlx_dsv3.memory import (
+    BUFFER_CACHE_BYTES,
+    MOST_WIRED_SHARE,
+    PREFILL_CHUNKS,
+    RESIDENT_CHUNK,
+    USABLE_SHARE,
+    transient_bytes,
+)
 
 PACKING = {"bits": 4, "group_size": 64, "mode": "affine"}
 EXPERTS, K, LAYERS = tiny.D["n_routed_experts"], tiny.D["num_experts_per_tok"], 4
@@ -141,3 +148,34 @@ def test_context_is_bounded_by_the_model(folder):
     assert plan.context == tiny.D["max_position_embeddings"]
     with pytest.raises(UserError, match="`--experts` is `some`"):
         plan_memory(folder, dtype=mx.float32, experts="some")
+
+
+def pretend_metal(monkeypatch, recommended: int, memory: int) -> None:
+    """Answer as Metal would: this is all that the plan asks it."""
+    info = {"max_recommended_working_set_size": recommended, "memory_size": memory}
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: info)
+
+
+def test_a_mac_allows_what_metal_recommends(folder, monkeypatch):
+    """And MLX's cache of freed buffers, which Metal's allocator has, counts."""
+    without = plan_memory(folder, dtype=mx.float32)
+    pretend_metal(monkeypatch, 8 * 10**9, 12 * 10**9)
+    plan = plan_memory(folder, dtype=mx.float32)
+    assert plan.limit_bytes == int(8 * 10**9 * USABLE_SHARE)
+    assert plan.transient_bytes - without.transient_bytes == BUFFER_CACHE_BYTES
+
+
+def test_a_mac_may_be_told_to_allow_more(folder, monkeypatch):
+    """The setting named is enough for the plan refused; it is not named where memory ends."""
+    pretend_metal(monkeypatch, 10**9, 16 * 10**9)
+    with pytest.raises(UserError, match="this machine allows") as error:
+        plan_memory(folder, dtype=mx.float32, experts="resident")
+    wired = int(error.value.hint.split("iogpu.wired_limit_mb=")[1].split("`")[0]) << 20
+    assert wired < MOST_WIRED_SHARE * 16 * 10**9
+    pretend_metal(monkeypatch, wired, 16 * 10**9)
+    assert plan_memory(folder, dtype=mx.float32, experts="resident").is_resident
+    pretend_metal(monkeypatch, 10**9, 10**9 + 1)
+    with pytest.raises(UserError, match="this machine allows") as error:
+        plan_memory(folder, dtype=mx.float32, experts="resident")
+    assert "iogpu" not in error.value.hint

@@ -21,7 +21,7 @@ from . import identical
 from .test_chat import QUESTION, ROOT, refused, run
 
 OPENBLAS = sorted(Path("/usr/lib").glob("*/openblas-pthread/libblas.so.3"))
-MARGIN = 1e-4  # below it, OpenBLAS may flip a token: its sums depend on the number of rows
+MARGIN = 1e-4  # below it, a fast BLAS may flip a token: its sums depend on the number of rows
 FOLLOW_UP = "And what is the capital of Italy?"
 SLOTS = 8  # of 32 experts
 
@@ -38,10 +38,11 @@ def exact(loaded) -> Drafted:
 
 
 def check_margins(found: list[dict], blas: str) -> None:
-    """Show every difference; with OpenBLAS those at a near-tie are no failures."""
+    """Show every difference; with a fast BLAS, a Mac's own included, near-ties are no failures."""
     for entry in found:
         print(entry)
-    assert not [entry for entry in found if blas == "bundled" or entry["margin"] >= MARGIN]
+    is_exact = blas == "bundled" and sys.platform == "linux"
+    assert not [entry for entry in found if is_exact or entry["margin"] >= MARGIN]
 
 
 @pytest.mark.parametrize("experts", ["resident", "streamed"])
