@@ -122,7 +122,7 @@ def make_parser() -> argparse.ArgumentParser:
     counts = map(str, range(MAX_DRAFTS + 1))
     drafts = one_of("--drafts", "auto", *counts, words=f"auto or 0 to {MAX_DRAFTS}")
     experts, stats = ("auto", "resident", "streamed"), ("line", "json", "off")
-    add("model", nargs="?", metavar="MODEL", help=f"MLX folder; else {DEMO}")
+    add("model", nargs="?", metavar="MODEL", help=f"MLX folder, or hub id of one; else {DEMO}")
     add("-p", "--prompt", help="answer this and exit; a piped stdin is appended")
     add("-s", "--system", help="system prompt")
     reply = "longest reply; else the context's end"
@@ -154,25 +154,26 @@ def package_version() -> str:
         return "mlx-dsv3 (not installed)"
 
 
-def find_model(name: str | None) -> Path:
-    """Return the folder to load: the argument, else the demo model where it was built."""
-    if name is not None:
-        return Path(name)
-    if DEMO.is_dir():
-        return DEMO
-    raise UserError(
-        "no MODEL was given and the demo model is not built", "`make demo` builds `build/demo-q4`"
-    )
+def find_model(options: argparse.Namespace):
+    """Open MODEL by its headers, else the demo model where it was built; nothing is loaded yet."""
+    from mlx_dsv3.folder import open_model
 
-
-def check_before_load(options: argparse.Namespace, folder: Path) -> None:
-    """Refuse now what would be refused after minutes of loading."""
-    from mlx_dsv3.load import SIDECAR, open_folder
-
-    if options.drafts not in ("auto", "0") and not (folder / SIDECAR).is_file():
-        open_folder(folder)  # a folder that is none of ours has another error
+    if options.model is None and not DEMO.is_dir():
         raise UserError(
-            f"`--drafts {options.drafts}` needs the MTP module and the folder has no `{SIDECAR}`",
+            "no MODEL was given and the demo model is not built",
+            "`make demo` builds `build/demo-q4`",
+        )
+    folder = open_model(options.model or DEMO, with_mtp=options.drafts != "0")
+    check_before_load(options, has_mtp=bool(folder.sidecar))
+    return folder
+
+
+def check_before_load(options: argparse.Namespace, has_mtp: bool) -> None:
+    """Refuse now what would be refused after minutes of loading."""
+    if options.drafts not in ("auto", "0") and not has_mtp:
+        raise UserError(
+            f"`--drafts {options.drafts}` needs the MTP module and the folder has no "
+            "`mtp.safetensors`",
             "`python -m convert mtp SOURCE FOLDER` adds it from the original checkpoint",
         )
     if options.trace is not None:
@@ -232,16 +233,14 @@ class Chat:
         from mlx_dsv3.generate import make_gate, make_state
         from mlx_dsv3.load import load
 
-        folder = find_model(options.model)
+        folder = find_model(options)
         self.options = options
-        check_before_load(options, folder)
-        self.sampler = make_sampler(options, folder)
+        self.sampler = make_sampler(options, folder.path)
         self.loaded = load(
             folder,
             experts=options.experts,
             expert_memory_gb=options.expert_memory,
             context=options.context,
-            with_mtp=options.drafts != "0",
             trust_remote_code=options.trust_remote_code,
         )
         if self.loaded.store.is_streamed and options.stats == "line":
@@ -462,14 +461,11 @@ def print_plan(options: argparse.Namespace) -> None:
     from mlx_dsv3.load import plan_memory
     from mlx_dsv3.memory import gigabytes
 
-    folder = find_model(options.model)
-    check_before_load(options, folder)
     plan = plan_memory(
-        folder,
+        find_model(options),
         experts=options.experts,
         expert_memory_gb=options.expert_memory,
         context=options.context,
-        with_mtp=options.drafts != "0",
     )
     for what, nbytes, remark in plan.rows():
         print(f"{what:<14}{gigabytes(nbytes):>12}   {remark}")

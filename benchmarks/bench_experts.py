@@ -37,7 +37,8 @@ from synthetic import BASE, drop_from_page_cache, write_folder
 
 from mlx_dsv3 import moe
 from mlx_dsv3.expert_store import NUM_READERS, ExpertStore, Files
-from mlx_dsv3.load import load, load_model, open_folder, plan_memory
+from mlx_dsv3.folder import open_folder
+from mlx_dsv3.load import load, load_model, plan_memory
 
 V3_LAYER = BASE | {
     "vocab_size": 1024,

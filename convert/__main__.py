@@ -13,7 +13,7 @@ from pathlib import Path
 from convert import recipe as recipes
 from convert import verify
 from convert.destination import SHARDS, Destination
-from convert.hub import REPO_ID, Repo, fetch_checked, missing_in_cache, open_repo
+from convert.hub import fetch_checked, missing_in_cache, open_repo
 from convert.plan import Plan, build
 from convert.progress import Progress, choose_style, size
 from convert.report import plan_record, print_errors, print_plan
@@ -22,6 +22,7 @@ from convert.shards import DEFAULT_JOBS, Shards, disk_peak
 from convert.sidecar import mtp_prefix_of, plan_sidecar, write_config
 from convert.source import Source, open_folder
 from mlx_dsv3.errors import UserError, run_main
+from mlx_dsv3.hub import REPO_ID, Repo
 
 
 def parser() -> argparse.ArgumentParser:
@@ -77,6 +78,9 @@ def open_source(
                 "a folder's files are never deleted; leave the flag away",
             )
         return open_folder(Path(args.source), prefix), None
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()  # the converter shows its own
     repo = Repo(args.source, args.revision)
     return open_repo(repo, prefix), repo
 

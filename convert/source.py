@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from mlx_dsv3.config import ModelArgs, read_config, read_json
 from mlx_dsv3.errors import UserError
+from mlx_dsv3.headers import AGAIN, header_length
 
 DTYPE_BYTES = {
     "F8_E4M3": 1,
@@ -35,11 +36,9 @@ DTYPE_BYTES = {
     "I64": 8,
     "U64": 8,
 }
-MAX_HEADER_BYTES = 100_000_000
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 SCALE_SUFFIX = "_scale_inv"
-AGAIN = "fetch the file again; a download that stopped half-way looks like this"
 
 
 class Tensor(NamedTuple):
@@ -80,14 +79,6 @@ def _entry(shard: str, data_start: int, entry: dict) -> Tensor:
     if entry["dtype"] not in DTYPE_BYTES:
         raise UserError(f"`{shard}` holds the unknown dtype `{entry['dtype']}`", AGAIN)
     return Tensor(shard, entry["dtype"], tuple(entry["shape"]), data_start + begin, end - begin)
-
-
-def header_length(first_bytes: bytes, shard: str, file_bytes: int) -> int:
-    """Return the header's length from the first eight bytes of a file."""
-    length = int.from_bytes(first_bytes, "little")
-    if len(first_bytes) < 8 or length > min(MAX_HEADER_BYTES, file_bytes - 8):
-        raise UserError(f"`{shard}` is truncated or no safetensors file", AGAIN)
-    return length
 
 
 def read_header(path: Path) -> bytes:

@@ -13,21 +13,19 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_tokenizer
 
-from mlx_dsv3.config import ModelArgs, read_config, read_json
+from mlx_dsv3.config import ModelArgs, read_json
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.expert_files import EXPERT_KEY, infer_quantization
 from mlx_dsv3.expert_store import ExpertStore
-from mlx_dsv3.headers import INDEX, TensorInfo, read_header, read_headers
+from mlx_dsv3.folder import SIDECAR, Folder, fetch, open_model
+from mlx_dsv3.headers import TensorInfo
 from mlx_dsv3.memory import BUFFER_CACHE_BYTES, MemoryPlan, available_bytes, make_plan
 from mlx_dsv3.mla import MLA
 from mlx_dsv3.model import Model
 from mlx_dsv3.moe import MLP, MoE
 from mlx_dsv3.mtp import MTP
 
-SIDECAR = "mtp.safetensors"
-PARTIAL = ".partial"
 SAFETENSORS_DTYPES = {mx.uint8: "U8"}
-CONVERT_HINT = "`python -m convert run {} OUT` makes an MLX folder of a hub checkpoint"
 
 
 @dataclass
@@ -46,55 +44,6 @@ class Loaded:
 def default_dtype() -> mx.Dtype:
     """Return bfloat16 on a GPU, float32 on the CPU (there bfloat16 is about ten times slower)."""
     return mx.bfloat16 if mx.default_device() == mx.Device(mx.gpu) else mx.float32
-
-
-def check_folder(folder: Path) -> dict:
-    """Return the config of an MLX folder; raise `UserError` for anything else."""
-    if (folder / PARTIAL).exists():
-        raise UserError(
-            f"`{folder}` is still in conversion (it holds `{PARTIAL}`)",
-            f"`python -m convert run SOURCE {folder}` resumes it",
-        )
-    config = read_config(folder)
-    quantization = config.get("quantization_config") or {}
-    if "quant_method" in quantization and "quantization" not in config:
-        raise UserError(
-            f"`{folder}` is a hub checkpoint (quantization method "
-            f"`{quantization['quant_method']}`), not an MLX folder",
-            CONVERT_HINT.format(folder),
-        )
-    return config
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return the folder's weight files: those of the index, else every `model*.safetensors`."""
-    if (folder / INDEX).is_file():
-        names = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
-    else:
-        names = sorted(path.name for path in folder.glob("model*.safetensors"))
-    if not names:
-        raise UserError(
-            f"`{folder}` has no weights (no `model*.safetensors`)", CONVERT_HINT.format(folder)
-        )
-    for name in names:
-        if not (folder / name).is_file():
-            raise UserError(
-                f"`{name}` is missing from `{folder}`; its index names it",
-                "the folder is incomplete; convert or download it again",
-            )
-    return [folder / name for name in names]
-
-
-def check_index(folder: Path, tensors: dict[str, TensorInfo]) -> None:
-    """Refuse an index that names tensors which no file holds."""
-    if not (folder / INDEX).is_file():
-        return
-    for name in read_json(folder / INDEX)["weight_map"]:
-        if name not in tensors:
-            raise UserError(
-                f"the index of `{folder}` names `{name}`, which is in none of its files",
-                "the folder is incomplete; convert or download it again",
-            )
 
 
 def load_trunk(tensors: dict[str, TensorInfo]) -> dict[str, mx.array]:
@@ -188,48 +137,15 @@ def join_layers(module: nn.Module) -> None:
     mx.eval(module.parameters())
 
 
-@dataclass
-class Folder:
-    """An MLX folder as its headers describe it, checked; nothing is loaded yet."""
-
-    path: Path
-    config: dict
-    args: ModelArgs
-    tensors: dict[str, TensorInfo]
-    sidecar: dict[str, TensorInfo]
-
-    @property
-    def every(self) -> dict[str, TensorInfo]:
-        return self.tensors | self.sidecar
-
-
-def open_folder(path: str | Path, with_mtp: bool = True) -> Folder:
-    """Read the headers of an MLX folder; raise `UserError` for what cannot be run.
-
-    Without `with_mtp` the MTP module is left out, as where the folder has none.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"`{path}` is no folder", "give an MLX folder, or `make demo` for one")
-    config = check_folder(path)
-    args = ModelArgs.from_dict(config)
-    tensors = read_headers(weight_files(path))
-    check_index(path, tensors)
-    has_mtp = with_mtp and (path / SIDECAR).is_file()
-    sidecar = read_header(path / SIDECAR) if has_mtp else {}
-    if any(name.startswith(f"model.layers.{args.num_hidden_layers}.") for name in tensors):
-        raise UserError(
-            f"`{path}` is a hub checkpoint (its shards hold the MTP layer), not an MLX folder",
-            CONVERT_HINT.format(path),
-        )
-    return Folder(path, config, args, tensors, sidecar)
-
-
 def plan_memory(
-    path: str | Path, *, dtype: mx.Dtype | None = None, with_mtp: bool = True, **options
+    folder: str | Path | Folder,
+    *,
+    dtype: mx.Dtype | None = None,
+    with_mtp: bool = True,
+    **options,
 ) -> MemoryPlan:
     """Return the memory plan of an MLX folder, from headers alone; see `memory.make_plan`."""
-    folder = open_folder(path, with_mtp)
+    folder = open_model(folder, with_mtp)
     return make_plan(folder.every, folder.args, dtype or default_dtype(), **options)
 
 
@@ -252,16 +168,18 @@ def load_model(
     plan: MemoryPlan | None = None,
     **options,
 ) -> tuple[Model, MTP | None, ExpertStore, ModelArgs, dict]:
-    """Load everything but the tokenizer from an MLX folder, by a memory plan.
+    """Load everything but the tokenizer from an MLX folder or repository, by a memory plan.
 
-    Without a plan one is made from `options`; see `memory.make_plan`.
+    Without a plan one is made from `options`; see `memory.make_plan`. What the machine lacks of a
+    repository is fetched when the plan fits.
     """
     dtype = dtype or default_dtype()
     if dtype not in (mx.float32, mx.bfloat16):
         raise UserError(f"dtype `{dtype}` overflows in this model; use float32 or bfloat16")
-    folder = folder if isinstance(folder, Folder) else open_folder(folder)
+    folder = open_model(folder)
     args = folder.args
     plan = plan or make_plan(folder.every, args, dtype, **options)
+    folder = fetch(folder)
     store = ExpertStore(folder.every, args, dtype, plan.slots)
     try:
         model, mtp = fill_model(folder, store, dtype)
@@ -319,7 +237,7 @@ def load_checked_tokenizer(folder: Path, args: ModelArgs, config: dict, trust_re
 
 
 def load(
-    folder: str | Path,
+    folder: str | Path | Folder,
     *,
     experts: str = "auto",
     expert_memory_gb: float | None = None,
@@ -330,13 +248,15 @@ def load(
 ) -> Loaded:
     """Load an MLX folder: model, tokenizer, MTP module if it has one, experts as planned.
 
+    `folder` is a path, the hub id of such a folder (a str; fetched once into huggingface_hub's
+    cache, after the memory plan was made from its headers), or what `open_model` returned.
     `experts` is `resident`, `streamed` or `auto`; `expert_memory_gb` bounds the expert slots (GB
     of 10^9 bytes); `context` is the length in tokens that memory is planned for; `dtype` is that
     of the activations, bfloat16 on a GPU and float32 on the CPU by default; without `with_mtp` the
     MTP module takes no memory and there are no drafts. Raises `UserError` for a folder that cannot
     be run, with what is wrong in it.
     """
-    opened, dtype = open_folder(folder, with_mtp), dtype or default_dtype()
+    opened, dtype = open_model(folder, with_mtp), dtype or default_dtype()
     plan = make_plan(
         opened.every,
         opened.args,
@@ -345,6 +265,7 @@ def load(
         expert_memory_gb=expert_memory_gb,
         context=context,
     )
+    opened = fetch(opened)
     model, mtp, store, args, config = load_model(opened, dtype=dtype, plan=plan)
     tokenizer = load_checked_tokenizer(opened.path, args, config, trust_remote_code)
     return Loaded(model, tokenizer, mtp, store, plan, args, config)

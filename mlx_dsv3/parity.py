@@ -22,6 +22,7 @@ from mlx_dsv3.bounds import RECIPES, TOP1_GAP, Sources, Verdict, recipe_of
 from mlx_dsv3.config import read_json
 from mlx_dsv3.differences import Text
 from mlx_dsv3.errors import UserError, run_main
+from mlx_dsv3.folder import open_model
 from mlx_dsv3.load import load_checked_tokenizer, load_model, plan_memory
 from mlx_dsv3.replay import Golden, Replay, check_same_model, read_golden
 
@@ -36,11 +37,11 @@ def read_conversion(folder: Path) -> dict | None:
     return read_json(file) if file.is_file() else None
 
 
-def open_model(args: argparse.Namespace, **options):
+def load_with_flags(args: argparse.Namespace, **options):
     """Load MODEL with the flags every command has."""
     chosen = {"experts": args.experts, "expert_memory_gb": args.expert_memory} | options
     dtype = DTYPES[args.dtype] if args.dtype else None
-    return load_model(Path(args.model), dtype=dtype, **chosen)
+    return load_model(args.folder, dtype=dtype, **chosen)
 
 
 # --- replay -----------------------------------------------------------------------------------
@@ -49,10 +50,10 @@ def open_model(args: argparse.Namespace, **options):
 def replay(args: argparse.Namespace) -> int:
     """Replay GOLDEN, print the report, return 0 within the bounds and 1 outside."""
     golden = read_golden(args.golden)
-    model, mtp, store, model_args, config = open_model(args)
+    model, mtp, store, model_args, config = load_with_flags(args)
     try:
         check_same_model(json.loads(golden.about["config"]), model_args, args.model)
-        conversion = read_conversion(Path(args.model))
+        conversion = read_conversion(args.folder.path)
         name = args.bounds or recipe_of(conversion, config)
         dtype = dtype_name(model)
         sources = Sources(name, golden.about["arithmetic"], dtype, args.teacher_forced)
@@ -224,10 +225,10 @@ def perplexity(args: argparse.Namespace) -> int:
     file = Path(args.file)
     if not file.is_file():
         raise UserError(f"`{file}` is no file", "give a text file in UTF-8")
-    model, _, store, model_args, config = open_model(args)
+    model, _, store, model_args, config = load_with_flags(args)
     text = file.read_text(encoding="utf-8")
     try:
-        tokenizer = load_checked_tokenizer(Path(args.model), model_args, config, False)
+        tokenizer = load_checked_tokenizer(args.folder.path, model_args, config, False)
         ids = tokenizer.encode(text, add_special_tokens=False)
         bos = config.get("bos_token_id")
         if bos is not None and ids[:1] == [bos]:
@@ -281,17 +282,19 @@ def windows_loss(model, ids: list[int], bos: int | None, context: int) -> float:
 
 def capacities(args: argparse.Namespace) -> int:
     """Compare logits at several expert capacities bit by bit; return 1 where any differs."""
-    model, mtp, store, model_args, _ = open_model(args, experts="resident", expert_memory_gb=None)
+    model, mtp, store, model_args, _ = load_with_flags(
+        args, experts="resident", expert_memory_gb=None
+    )
     ids = mx.array([[(7 * i + 3) % model_args.vocab_size for i in range(args.tokens)]])
     expected = logits_of(model, mtp, ids)
     store.close()
     del model, mtp
-    plan = plan_memory(args.model, dtype=expected["prefill"].dtype, experts="resident")
+    plan = plan_memory(args.folder, dtype=expected["prefill"].dtype, experts="resident")
     slot_gb = sum(plan.slot_bytes.values()) / 1e9  # of one slot in every layer
     status, counts = 0, args.slots or default_slots(model_args)
     for slots in counts:
         budget = slot_gb * slots * (1 + 1e-9)
-        model, mtp, store, *_ = open_model(args, experts="streamed", expert_memory_gb=budget)
+        model, mtp, store, *_ = load_with_flags(args, experts="streamed", expert_memory_gb=budget)
         found = logits_of(model, mtp, ids)
         store.close()
         del model, mtp
@@ -330,7 +333,7 @@ def same_bits(a: mx.array, b: mx.array) -> bool:
 
 
 def common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="MLX folder")
+    parser.add_argument("model", help="MLX folder, or hub id of one")
     parser.add_argument("--dtype", choices=DTYPES, help="activations (default: the device's)")
     parser.add_argument("--experts", choices=("auto", "resident", "streamed"), default="auto")
     parser.add_argument("--expert-memory", type=float, help="GB of expert slots", metavar="GB")
@@ -367,6 +370,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(sys.argv[1:] if argv is None else argv)
+    args.folder = open_model(args.model)
     return args.run(args)
 
 

@@ -133,33 +133,32 @@ def test_extreme_settings_are_greedy(settings):
     assert [sampler(logits, position).item() for position in range(20)] == [2] * 20
 
 
-def check(folder: Path, *arguments) -> None:
-    chat.check_before_load(parse(*arguments), folder)
+def check(*arguments, has_mtp: bool = True) -> None:
+    chat.check_before_load(parse(*arguments), has_mtp)
 
 
 def test_trace_is_tried_before_the_load_and_left_as_it_is(tmp_path):
     """A load of minutes and then `Permission denied`; or a trace lost to a load that failed."""
-    check(tmp_path, "--trace", tmp_path / "new")
+    check("--trace", tmp_path / "new")
     assert not list(tmp_path.iterdir())
     (tmp_path / "old").write_text("[3, [[1, 2]]]\n")
-    check(tmp_path, "--trace", tmp_path / "old")
+    check("--trace", tmp_path / "old")
     assert (tmp_path / "old").read_text() == "[3, [[1, 2]]]\n"
 
 
 @pytest.mark.parametrize("name", ["", "absent/trace", "x" * 300])
 def test_trace_that_cannot_be_written(tmp_path, name):
     with pytest.raises(UserError, match="cannot be written") as error:
-        check(tmp_path, "--trace", tmp_path / name)
+        check("--trace", tmp_path / name)
     assert error.value.hint
 
 
-def test_drafts_without_the_module_say_what_the_gate_says(tmp_path, monkeypatch):
+def test_drafts_without_the_module_say_what_the_gate_says():
     """Two places refuse the same thing; they must not send people to different commands."""
-    monkeypatch.setattr("mlx_dsv3.load.open_folder", lambda folder: None)
-    check(tmp_path, "--drafts", "0")
-    check(tmp_path, "--drafts", "auto")
+    check("--drafts", "0", has_mtp=False)
+    check("--drafts", "auto", has_mtp=False)
     with pytest.raises(UserError) as early:
-        check(tmp_path, "--drafts", "2")
+        check("--drafts", "2", has_mtp=False)
     with pytest.raises(UserError) as late:
         make_gate(SimpleNamespace(mtp=None), "2")
     assert str(early.value) == str(late.value)

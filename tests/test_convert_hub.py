@@ -1,21 +1,14 @@
-"""Conversion from a repository: the real hub client against a server on this machine.
+"""Conversion from a repository: the real hub client against a server on this machine."""
 
-The server speaks as much of the hub's protocol as the client asks for, and misbehaves on demand:
-cut connections, busy answers, closed doors, a file that is another than its header said.
-"""
-
-import hashlib
 import json
-import os
-import re
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import hub_server
 import pytest
+from hub_server import COMMIT, HEADER_RANGE, REPO, Hub, environment, serve, shard_requests
 
 from convert.__main__ import main
 from convert.plan import build
@@ -25,127 +18,16 @@ from convert.source import open_folder
 from tests.tiny import D, write_hub, write_tokenizer
 
 ROOT = Path(__file__).parent.parent
-REPO = "somebody/tiny-v3"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-HEADER_RANGE = "bytes=0-262143"
 CHILD = """
 import sys
 import huggingface_hub.constants
-import convert.hub
+import mlx_dsv3.hub
 from convert.__main__ import main
 from mlx_dsv3.errors import run_main
-convert.hub.WAITS_S = (0.05,) * 3
+mlx_dsv3.hub.WAITS_S = (0.05,) * 3
 huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 1000  # of a piece that is cut nothing is kept
 sys.exit(run_main(lambda: main(sys.argv[1:])))
 """
-
-
-class Hub(ThreadingHTTPServer):
-    """Serves one folder as a repository.
-
-    `faults` maps a file name to what goes wrong with requests for its data, one after the other:
-    ("cut", bytes) or ("status", code).
-    """
-
-    daemon_threads = True
-
-    def __init__(self, folder: Path):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.folder = folder
-        self.closed = None  # status for every request
-        self.faults: dict[str, list[tuple[str, int]]] = {}
-        self.requests: list[tuple[str, str, str | None]] = []
-        self.bytes_sent: dict[str, int] = {}
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        pass
-
-    def do_HEAD(self):
-        self.answer(with_body=False)
-
-    def do_GET(self):
-        self.answer(with_body=True)
-
-    def answer(self, with_body: bool):
-        path = self.path.partition("?")[0]
-        self.server.requests.append((self.command, path, self.headers["Range"]))
-        if self.server.closed:
-            return self.refuse(self.server.closed)
-        if re.fullmatch(f"/api/models/{REPO}(/revision/.+)?", path):
-            return self.send(json.dumps(describe(self.server.folder)).encode(), with_body)
-        match = re.fullmatch(f"/{REPO}/resolve/{COMMIT}/(.+)", path)
-        if not match or not (self.server.folder / match[1]).is_file():
-            return self.refuse(404)
-        self.send_file(match[1], with_body)
-
-    def refuse(self, status: int):
-        codes = {401: "RepoNotFound", 404: "RepoNotFound", 403: "GatedRepo"}
-        self.send_response(status)
-        if status in codes:
-            self.send_header("X-Error-Code", codes[status])
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def send(self, body: bytes, with_body: bool, status: int = 200, **headers):
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if with_body:
-            self.wfile.write(body)
-
-    def send_file(self, name: str, with_body: bool):
-        data = (self.server.folder / name).read_bytes()
-        headers = {
-            "ETag": f'"{hashlib.sha256(data).hexdigest()}"',
-            "X_Repo_Commit": COMMIT,
-            "Accept_Ranges": "bytes",
-        }
-        status, body = 200, data
-        if found := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or ""):
-            begin, end = int(found[1]), min(int(found[2] or len(data)), len(data) - 1)
-            body, status = data[begin : end + 1], 206
-            headers["Content_Range"] = f"bytes {begin}-{end}/{len(data)}"
-        fault, is_header = None, self.headers["Range"] == HEADER_RANGE
-        if with_body and not is_header and self.server.faults.get(name):
-            fault = self.server.faults[name].pop(0)
-        if fault and fault[0] == "status":
-            return self.refuse(fault[1])
-        if with_body and not is_header:
-            sent = fault[1] if fault else len(body)
-            self.server.bytes_sent[name] = self.server.bytes_sent.get(name, 0) + sent
-        if not fault:
-            return self.send(body, with_body, status, **headers)
-        self.send_response(status)
-        for key, value in headers.items():
-            self.send_header(key.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body[: fault[1]])
-        self.wfile.flush()
-        self.close_connection = True
-        self.connection.close()
-
-
-def describe(folder: Path) -> dict:
-    """Return what the hub's API says about a repository."""
-    siblings = []
-    for path in sorted(folder.iterdir()):
-        entry = {"rfilename": path.name, "size": path.stat().st_size, "blobId": "0" * 40}
-        if path.suffix == ".safetensors":
-            sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-            entry["lfs"] = {"size": entry["size"], "sha256": sha256, "pointerSize": 134}
-        siblings.append(entry)
-    return {"id": REPO, "modelId": REPO, "sha": COMMIT, "siblings": siblings, "tags": []}
 
 
 @pytest.fixture(scope="module")
@@ -159,23 +41,16 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def server(checkpoint):
-    server = Hub(checkpoint[0])
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serve(checkpoint[0]) as server:
+        yield server
 
 
 def start(server: Hub, home: Path, *argv) -> subprocess.Popen:
-    environment = os.environ | {
-        "HF_ENDPOINT": server.url,
-        "HF_HOME": str(home / "hf"),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }
     command = [sys.executable, "-c", CHILD, *map(str, argv)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment(server, home), stdout=pipe, stderr=pipe, text=True
+    )
 
 
 def run(server: Hub, home: Path, *argv) -> tuple[int, str, str]:
@@ -198,10 +73,6 @@ def assert_converted(out: Path, want: dict[str, bytes]) -> None:
     assert tensors_of(found) == tensors_of(want)
     source = json.loads(found["conversion.json"])["source"]
     assert (source["id"], source["revision"]) == (REPO, COMMIT)
-
-
-def shard_requests(server: Hub) -> list:
-    return [r for r in server.requests if r[1].endswith(".safetensors") and r[0] == "GET"]
 
 
 def test_plan_downloads_no_shard(server, tmp_path):
@@ -328,11 +199,11 @@ def test_a_shard_that_is_another_than_its_header(
         return data[:40] + b"?" + data[41:] if path.name == name and lies else data
 
     lies = False
-    whole = describe(server.folder)
+    whole = hub_server.describe(server.folder)
     if not keeps_sha256:
         for entry in whole["siblings"]:
             entry.pop("lfs", None)
-    monkeypatch.setitem(globals(), "describe", lambda folder: whole)
+    monkeypatch.setattr(hub_server, "describe", lambda folder: whole)
     out = tmp_path / "out"
     monkeypatch.setattr(Path, "read_bytes", other)
     process = start(server, tmp_path, "run", REPO, out, "--discard-source")

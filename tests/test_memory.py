@@ -6,7 +6,8 @@ import tiny
 from mlx_folder import write_mlx
 
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.load import load_model, open_folder, plan_memory
+from mlx_dsv3.folder import open_folder
+from mlx_dsv3.load import load_model, plan_memory
 from mlx_dsv3.memory import (
     BUFFER_CACHE_BYTES,
     MOST_WIRED_SHARE,

@@ -1,0 +1,195 @@
+"""An MLX folder as its headers describe it, checked; on this machine, or still on the hub.
+
+MODEL is a path or a hub id. A repository is used from huggingface_hub's cache where all its files
+are there, without asking the hub; else it is opened by range requests, so that a plan can be made
+and refused before anything large is fetched.
+"""
+
+import shutil
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from mlx_dsv3.config import ModelArgs, read_config, read_json
+from mlx_dsv3.errors import UserError
+from mlx_dsv3.headers import INDEX, TensorInfo, join_headers, parse_header, read_header
+from mlx_dsv3.hub import HEADER_REQUESTS, REPO_ID, Repo, cached_snapshots
+from mlx_dsv3.memory import gigabytes
+
+SIDECAR = "mtp.safetensors"
+PARTIAL = ".partial"
+RECORD = "conversion.json"
+WEIGHTS = "model*.safetensors"
+# What belongs to a model besides its weights.
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*")
+CONVERT_HINT = "`python -m convert run {} OUT` makes an MLX folder of a hub checkpoint"
+INCOMPLETE_HINT = "the folder is incomplete; convert or download it again"
+
+
+@dataclass
+class Folder:
+    """`tensors` are the main model's, `sidecar` the MTP module's, by name.
+
+    With a `repo` the weights are not all in `path` yet; `fetch` brings them.
+    """
+
+    path: Path
+    config: dict
+    args: ModelArgs
+    tensors: dict[str, TensorInfo]
+    sidecar: dict[str, TensorInfo]
+    repo: Repo | None = None
+
+    @property
+    def every(self) -> dict[str, TensorInfo]:
+        return self.tensors | self.sidecar
+
+
+def open_model(model: str | Path | Folder, with_mtp: bool = True) -> Folder:
+    """Open MODEL by its headers: a path, or, as a str, a hub id where there is no such path.
+
+    Without `with_mtp` the MTP module is left out, as where the folder has none. Raises `UserError`
+    for what cannot be run.
+    """
+    if isinstance(model, Folder):
+        return model
+    if isinstance(model, Path) or Path(model).exists() or not REPO_ID.fullmatch(model):
+        return open_folder(Path(model), with_mtp)
+    for snapshot in cached_snapshots(model):
+        if is_complete(snapshot, with_mtp):
+            return open_folder(snapshot, with_mtp)
+    return open_repo(Repo(model, waits=()), with_mtp)
+
+
+def open_folder(path: Path, with_mtp: bool = True) -> Folder:
+    """Read the headers of an MLX folder on this machine."""
+    if not path.is_dir():
+        raise UserError(f"`{path}` is no folder", "give an MLX folder, or `make demo` for one")
+    return describe(path, str(path), files_in(path), read_header, with_mtp)
+
+
+def files_in(path: Path) -> set[str]:
+    """Return the names that exist in a folder; a cache may hold links to nothing."""
+    return {file.name for file in path.iterdir() if file.exists()}
+
+
+def open_repo(repo: Repo, with_mtp: bool = True) -> Folder:
+    """Read the headers of a repository by range requests, and fetch its small files."""
+    path, present = repo.small_files(SMALL_FILES), set(repo.sizes)
+    check_config(path, repo.repo_id)  # before a request for each of 163 shards
+    names = [*weight_names(path, repo.repo_id, present), *({SIDECAR} & present)]
+    with ThreadPoolExecutor(HEADER_REQUESTS) as pool:
+        raw = dict(zip(names, pool.map(repo.header, names), strict=True))
+
+    def header(file: Path) -> dict[str, TensorInfo]:
+        return parse_header(file, *raw[file.name])
+
+    folder = describe(path, repo.repo_id, present, header, with_mtp)
+    folder.repo = repo
+    return folder
+
+
+def describe(
+    path: Path, name: str, present: set[str], header: Callable[[Path], dict], with_mtp: bool
+) -> Folder:
+    """Return a folder of which the files `present` exist; `name` is what the user called it."""
+    if PARTIAL in present:
+        raise UserError(
+            f"`{name}` is still in conversion (it holds `{PARTIAL}`)",
+            f"`python -m convert run SOURCE {name}` resumes it",
+        )
+    config = check_config(path, name)
+    args = ModelArgs.from_dict(config)
+    files = weight_names(path, name, present)
+    tensors = join_headers(header(path / file) for file in files)
+    check_index(path, name, tensors)
+    if any(key.startswith(f"model.layers.{args.num_hidden_layers}.") for key in tensors):
+        raise UserError(
+            f"`{name}` is a hub checkpoint (its shards hold the MTP layer), not an MLX folder",
+            CONVERT_HINT.format(name),
+        )
+    sidecar = header(path / SIDECAR) if with_mtp and SIDECAR in present else {}
+    return Folder(path, config, args, tensors, sidecar)
+
+
+def check_config(path: Path, name: str) -> dict:
+    """Return the config of an MLX folder; raise `UserError` for that of a hub checkpoint."""
+    config = read_config(path)
+    quantization = config.get("quantization_config") or {}
+    if "quant_method" in quantization and "quantization" not in config:
+        raise UserError(
+            f"`{name}` is a hub checkpoint (quantization method "
+            f"`{quantization['quant_method']}`), not an MLX folder",
+            CONVERT_HINT.format(name),
+        )
+    return config
+
+
+def weight_names(path: Path, name: str, present: set[str]) -> list[str]:
+    """Return the weight files: those of the index, else every `model*.safetensors`."""
+    if INDEX in present:
+        files = sorted(set(read_json(path / INDEX).get("weight_map", {}).values()))
+    else:
+        files = sorted(file for file in present if fnmatch(file, WEIGHTS))
+    if not files:
+        raise UserError(f"`{name}` has no weights (no `{WEIGHTS}`)", CONVERT_HINT.format(name))
+    for file in files:
+        if file not in present:
+            raise UserError(
+                f"`{file}` is missing from `{name}`; its index names it", INCOMPLETE_HINT
+            )
+    return files
+
+
+def check_index(path: Path, name: str, tensors: dict[str, TensorInfo]) -> None:
+    """Refuse an index that names tensors which no file holds."""
+    if not (path / INDEX).is_file():
+        return
+    for key in read_json(path / INDEX)["weight_map"]:
+        if key not in tensors:
+            raise UserError(
+                f"the index of `{name}` names `{key}`, which is in none of its files",
+                INCOMPLETE_HINT,
+            )
+
+
+def is_complete(snapshot: Path, with_mtp: bool) -> bool:
+    """Say whether a cached revision has every file that it needs; other tools leave some out."""
+    present = files_in(snapshot)
+    if "config.json" not in present:
+        return False
+    needed = {SIDECAR} if with_mtp and RECORD in present else set()
+    if needed:
+        needed &= set(read_json(snapshot / RECORD).get("files", {}))
+    if INDEX in present:
+        needed |= set(read_json(snapshot / INDEX).get("weight_map", {}).values())
+    else:
+        needed |= {"model.safetensors"}
+    return needed <= present
+
+
+def fetch(folder: Folder) -> Folder:
+    """Bring what is still on the hub into huggingface_hub's cache, the sidecar first.
+
+    Says on stderr what is fetched, and where to. An interrupted download goes on where it stopped.
+    """
+    if folder.repo is None:
+        return folder
+    repo = folder.repo
+    names = {info.path.name for info in folder.every.values()}
+    missing = sorted(names - files_in(folder.path), key=lambda name: (name != SIDECAR, name))
+    wanted = sum(repo.sizes[name] for name in missing)
+    if wanted > (free := shutil.disk_usage(folder.path).free):
+        raise UserError(
+            f"`{repo.repo_id}` lacks {gigabytes(wanted)} on this machine, and the disk of "
+            f"`{folder.path}` has {gigabytes(free)} free",
+            "make room, or set HF_HOME to a folder on a larger disk",
+        )
+    if missing:
+        print(f"fetching {gigabytes(wanted)} of `{repo.repo_id}`", file=sys.stderr)
+    for name in missing:
+        repo.fetch(name, None)
+    return open_folder(folder.path, with_mtp=bool(folder.sidecar))

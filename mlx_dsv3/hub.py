@@ -1,0 +1,185 @@
+"""A repository on the hub: what it holds, headers by range requests, files one by one.
+
+The revision is pinned once and every request names it. Nothing here knows tensors' roles or the
+order of work. Every failure that a user can mend is put into words, and what may pass by itself
+(server errors, lost connections) is tried again. huggingface_hub is imported late: local folders
+do without it.
+"""
+
+import hashlib
+import re
+import sys
+import time
+from collections.abc import Callable
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+
+from mlx_dsv3.errors import UserError
+from mlx_dsv3.headers import header_length
+
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+FIRST_BYTES = 256 << 10  # one request a shard: headers of V3's shards are about 100 KB
+HEADER_REQUESTS = 8  # at once
+WAITS_S = (1, 2, 4, 8, 16, 32, 60)
+
+
+def cached_snapshots(repo_id: str) -> list[Path]:
+    """Return the folders of a repository's revisions in the hub's cache, the newest first.
+
+    They may lack files. Layout as documented: huggingface.co/docs/huggingface_hub, "cache".
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
+
+    name = repo_folder_name(repo_id=repo_id, repo_type="model")
+    found = Path(HF_HUB_CACHE, name, "snapshots").glob("*")
+    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+class Repo:
+    """One revision of a model repository; `waits` (seconds) are between tries to find it."""
+
+    def __init__(
+        self, repo_id: str, revision: str | None = None, waits: tuple[float, ...] | None = None
+    ):
+        from huggingface_hub import HfApi
+
+        self.repo_id = repo_id
+        info = self.ask(
+            lambda: HfApi().model_info(repo_id, revision=revision, files_metadata=True), waits
+        )
+        self.revision: str = info.sha
+        self.sizes = {file.rfilename: file.size for file in info.siblings}
+        self.sha256 = {file.rfilename: file.lfs.sha256 for file in info.siblings if file.lfs}
+
+    def small_files(self, patterns: tuple[str, ...]) -> Path:
+        """Fetch the files that match into the hub's cache, config.json among them; return where."""
+        from huggingface_hub import hf_hub_download
+
+        names = [name for name in self.sizes if any(fnmatch(name, p) for p in patterns)]
+        names = [name for name in names if "/" not in name]
+        if "config.json" not in names:
+            raise UserError(f"`{self.repo_id}` has no config.json", "give a model's repository")
+        for name in names:
+            path = self.ask(partial(hf_hub_download, self.repo_id, name, revision=self.revision))
+        return Path(path).parent
+
+    def header(self, shard: str) -> tuple[bytes, int]:
+        """Return a shard's header and size; reads its first bytes and no more."""
+        size = self.sizes[shard]
+        first = self.ask(partial(self._range, shard, FIRST_BYTES))
+        length = header_length(first[:8], shard, size)
+        if len(first) < 8 + length:
+            first = self.ask(partial(self._range, shard, 8 + length))
+        return first[8 : 8 + length], size
+
+    def _range(self, shard: str, count: int) -> bytes:
+        from huggingface_hub.utils import get_session, hf_raise_for_status
+
+        url, headers = self._request(shard)
+        headers["Range"] = f"bytes=0-{count - 1}"
+        data = b""
+        with get_session().stream("GET", url, headers=headers) as response:
+            hf_raise_for_status(response)
+            for chunk in response.iter_bytes():
+                data += chunk
+                if len(data) >= count:  # a server may ignore the range
+                    break
+        return data[:count]
+
+    def _request(self, name: str) -> tuple[str, dict]:
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers
+
+        return hf_hub_url(self.repo_id, name, revision=self.revision), build_hf_headers()
+
+    def fetch(self, shard: str, folder: Path | None) -> Path:
+        """Bring a shard onto this machine: into `folder`, or into the hub's cache for None.
+
+        In a folder an interrupted download goes on where it stopped, also in a later process, and
+        the result must have the hub's sha256.
+        """
+        from huggingface_hub import hf_hub_download
+
+        if folder is None:
+            call = partial(hf_hub_download, self.repo_id, shard, revision=self.revision)
+            return Path(self.ask(call))
+        if (folder / shard).exists():
+            return folder / shard
+        part = folder / f"{shard}.part"
+        self.ask(partial(self._append, shard, part))
+        if shard in self.sha256 and _sha256(part) != self.sha256[shard]:
+            part.unlink()
+            raise UserError(
+                f"`{shard}` arrived damaged: its sha256 is not the hub's",
+                "repeat the same command to fetch it again",
+            )
+        return part.rename(folder / shard)
+
+    def _append(self, shard: str, part: Path) -> None:
+        from huggingface_hub.file_download import http_get
+
+        url, headers = self._request(shard)
+        with open(part, "ab") as file:
+            if (have := file.tell()) > self.sizes[shard]:
+                file.truncate(have := 0)
+            if have < self.sizes[shard]:
+                size = self.sizes[shard]
+                http_get(url, file, resume_size=have, headers=headers, expected_size=size)
+
+    def ask(self, call: Callable, waits: tuple[float, ...] | None = None):
+        """Do a request; wait and repeat while the hub or the network fails, then say so."""
+        from huggingface_hub import errors
+
+        for wait in (*(WAITS_S if waits is None else waits), None):
+            try:
+                return call()
+            except errors.GatedRepoError:
+                raise UserError(
+                    f"`{self.repo_id}` is gated",
+                    f"accept its terms on huggingface.co/{self.repo_id}, then `hf auth login`",
+                ) from None
+            except errors.RepositoryNotFoundError:
+                raise UserError(
+                    f"there is no folder and no repository `{self.repo_id}`, or it is private",
+                    "check the spelling; for a private one, `hf auth login`",
+                ) from None
+            except errors.RevisionNotFoundError:
+                raise UserError(
+                    f"`{self.repo_id}` has no such revision", "leave `--revision` away"
+                ) from None
+            except Exception as error:
+                reason = _passing_failure(error)
+                if reason is None:
+                    raise
+                if wait is None or isinstance(error, errors.OfflineModeIsEnabled):
+                    raise UserError(
+                        f"`{self.repo_id}` cannot be reached: {reason}",
+                        "check the connection and repeat the same command, or give a folder that "
+                        "exists",
+                    ) from None
+                time.sleep(wait)
+
+
+def _passing_failure(error: Exception) -> str | None:
+    """Return what may pass by itself (a lost connection, a busy server) in words, else None."""
+    from huggingface_hub import errors
+    from huggingface_hub.utils import get_session
+
+    http = sys.modules[type(get_session()).__module__.partition(".")[0]]  # httpx or its successor
+    if isinstance(error, errors.HfHubHTTPError):
+        status = error.response.status_code
+        if status in (401, 403):
+            raise UserError(f"the hub refuses access ({status})", "`hf auth login`") from None
+        return f"status {status}" if status >= 500 or status in (408, 429) else None
+    if isinstance(error, (http.TransportError, errors.LocalEntryNotFoundError, ConnectionError)):
+        return "no connection"
+    if isinstance(error, OSError) and "Consistency check failed" in str(error):
+        return "the connection was cut"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

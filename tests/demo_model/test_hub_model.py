@@ -1,0 +1,145 @@
+"""MODEL as a hub id: planned from headers, refused before a download, fetched once, then local."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub_server import REPO, Hub, environment, serve, shard_requests
+
+from .test_chat import QUESTION, ROOT, refused, run
+
+CHILD = """
+import sys
+import chat, mlx_dsv3.folder, mlx_dsv3.hub, mlx_dsv3.memory
+mlx_dsv3.hub.WAITS_S = (0.05,) * 2
+{patch}
+sys.argv[0] = "chat.py"
+chat.entry()
+"""
+
+
+@pytest.fixture
+def server(demo_q4):
+    with serve(demo_q4) as server:
+        yield server
+
+
+def ask(server: Hub, home: Path, *options: str, patch: str = "") -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", CHILD.format(patch=patch), REPO, *options]
+    env = environment(server, home)
+    return subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+
+
+def whole_files(server: Hub) -> list[str]:
+    """Return the weight files that were asked for without a range."""
+    return sorted(Path(path).name for _, path, part in shard_requests(server) if part is None)
+
+
+def without_sizes(plan: str) -> list[str]:
+    """Return a plan's lines but what the machine had free at that time."""
+    return [line for line in plan.splitlines() if not line.startswith("allowed")]
+
+
+def test_fetched_once_and_then_without_the_hub(server, demo_q4, tmp_path):
+    """The plan needs headers alone; after the first reply no request is made."""
+    plan = ask(server, tmp_path, "--plan")
+    assert plan.returncode == 0, plan.stderr
+    assert without_sizes(plan.stdout) == without_sizes(run(demo_q4, "--plan").stdout)
+    assert whole_files(server) == []
+    first = ask(server, tmp_path, "-p", QUESTION, "--drafts", "2")
+    assert first.returncode == 0 and "Paris" in first.stdout, first.stderr
+    size = sum(file.stat().st_size for file in demo_q4.glob("*.safetensors"))
+    assert f"fetching {size / 1e9:.3g} GB of `{REPO}`" in first.stderr
+    assert whole_files(server) == sorted(file.name for file in demo_q4.glob("*.safetensors"))
+    server.requests.clear()
+    server.closed = 500
+    second = ask(server, tmp_path, "-p", QUESTION, "--drafts", "2", "--stats", "off")
+    assert (second.returncode, second.stdout, second.stderr) == (0, first.stdout, "")
+    assert server.requests == []
+
+
+def test_parity_takes_a_hub_id(server, tmp_path):
+    command = [sys.executable, "-m", "mlx_dsv3.parity", "capacities", REPO, "--slots", "4"]
+    env = environment(server, tmp_path)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "equal, bit for bit" in done.stdout, done.stderr
+
+
+def test_a_sidecar_that_another_tool_left_out(server, tmp_path):
+    """mlx-lm fetches `model*.safetensors`: drafts would be silently off for ever."""
+    assert ask(server, tmp_path, "-p", QUESTION).returncode == 0
+    (sidecar,) = tmp_path.rglob("mtp.safetensors")
+    sidecar.unlink()
+    server.requests.clear()
+    done = ask(server, tmp_path, "-p", QUESTION, "--drafts", "2")
+    assert done.returncode == 0 and "Paris" in done.stdout
+    assert {Path(r[1]).name for r in server.requests if r[2] is None} >= {"mtp.safetensors"}
+    assert not any("model-" in name for name in whole_files(server))
+    sidecar.unlink()
+    server.closed = 500  # without drafts nothing is lacking
+    assert ask(server, tmp_path, "-p", QUESTION, "--drafts", "0").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("patch", "words"),
+    [
+        ("mlx_dsv3.memory.available_bytes = lambda: 10**8", "this machine allows 0.092 GB"),
+        (
+            "mlx_dsv3.folder.shutil.disk_usage = lambda path: type('', (), {'free': 10**6})",
+            "has 0.001 GB free",
+        ),
+    ],
+    ids=["memory", "disk"],
+)
+def test_what_cannot_run_is_not_fetched(server, tmp_path, patch, words):
+    """Hours of download, and then `the model needs 390 GB`."""
+    done = ask(server, tmp_path, "-p", QUESTION, patch=patch)
+    refused(done, words)
+    assert whole_files(server) == []
+
+
+def test_drafts_of_a_repository_without_the_module(demo_q4, tmp_path):
+    folder = shutil.copytree(demo_q4, tmp_path / "folder")
+    (folder / "mtp.safetensors").unlink()
+    with serve(folder) as server:
+        refused(ask(server, tmp_path, "-p", QUESTION, "--drafts", "2"), "no `mtp.safetensors`")
+        assert whole_files(server) == []
+
+
+def test_a_checkpoint_is_sent_to_the_converter(checkpoint, tmp_path):
+    """689 GB of FP8, of which chat.py can read nothing."""
+    with serve(checkpoint) as server:
+        done = ask(server, tmp_path, "-p", QUESTION)
+        refused(done, f"`{REPO}` is a hub checkpoint", f"`python -m convert run {REPO} OUT`")
+        assert shard_requests(server) == []
+
+
+def test_an_interrupted_fetch_goes_on(server, tmp_path):
+    """Files that arrived are kept; a start on half of them asks the hub for the rest."""
+    name = "model-experts-00002.safetensors"
+    server.faults = {name: [("status", 503)] * 20}
+    done = ask(server, tmp_path, "-p", QUESTION)
+    assert done.returncode == 2 and done.stdout == ""
+    assert f"error: `{REPO}` cannot be reached: status 503\n\nhint: " in done.stderr
+    assert {"mtp.safetensors", "model-experts-00001.safetensors"} <= set(whole_files(server))
+    server.faults = {}
+    server.requests.clear()
+    done = ask(server, tmp_path, "-p", QUESTION)
+    assert done.returncode == 0 and "Paris" in done.stdout, done.stderr
+    assert set(whole_files(server)) >= {name, "model-experts-00003.safetensors"}
+    assert not {"mtp.safetensors", "model-experts-00001.safetensors"} & set(whole_files(server))
+
+
+def test_a_hub_that_is_not_there(server, tmp_path):
+    """One attempt: the word may be a folder's name with a slip."""
+    server.closed = 404
+    refused(ask(server, tmp_path, "-p", QUESTION), f"no folder and no repository `{REPO}`")
+    server.closed = 503
+    server.requests.clear()
+    done = ask(server, tmp_path, "-p", QUESTION)
+    refused(done, f"`{REPO}` cannot be reached", "give a folder that exists")
+    assert len(server.requests) == 1

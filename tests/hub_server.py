@@ -1,0 +1,149 @@
+"""A server on this machine that speaks as much of the hub's protocol as its client asks for.
+
+It misbehaves on demand: cut connections, busy answers, closed doors. It serves one folder.
+"""
+
+import hashlib
+import json
+import os
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+REPO = "somebody/tiny-v3"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+HEADER_RANGE = "bytes=0-262143"
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves one folder as a repository.
+
+    `faults` maps a file name to what goes wrong with requests for its data, one after the other:
+    ("cut", bytes) or ("status", code).
+    """
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder = folder
+        self.closed = None  # status for every request
+        self.faults: dict[str, list[tuple[str, int]]] = {}
+        self.requests: list[tuple[str, str, str | None]] = []
+        self.bytes_sent: dict[str, int] = {}
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def do_HEAD(self):
+        self.answer(with_body=False)
+
+    def do_GET(self):
+        self.answer(with_body=True)
+
+    def answer(self, with_body: bool):
+        path = self.path.partition("?")[0]
+        self.server.requests.append((self.command, path, self.headers["Range"]))
+        if self.server.closed:
+            return self.refuse(self.server.closed)
+        if re.fullmatch(f"/api/models/{REPO}(/revision/.+)?", path):
+            return self.send(json.dumps(describe(self.server.folder)).encode(), with_body)
+        match = re.fullmatch(f"/{REPO}/resolve/{COMMIT}/(.+)", path)
+        if not match or not (self.server.folder / match[1]).is_file():
+            return self.refuse(404)
+        self.send_file(match[1], with_body)
+
+    def refuse(self, status: int):
+        codes = {401: "RepoNotFound", 404: "RepoNotFound", 403: "GatedRepo"}
+        self.send_response(status)
+        if status in codes:
+            self.send_header("X-Error-Code", codes[status])
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def send(self, body: bytes, with_body: bool, status: int = 200, **headers):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if with_body:
+            self.wfile.write(body)
+
+    def send_file(self, name: str, with_body: bool):
+        data = (self.server.folder / name).read_bytes()
+        headers = {
+            "ETag": f'"{hashlib.sha256(data).hexdigest()}"',
+            "X_Repo_Commit": COMMIT,
+            "Accept_Ranges": "bytes",
+        }
+        status, body = 200, data
+        if found := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or ""):
+            begin, end = int(found[1]), min(int(found[2] or len(data)), len(data) - 1)
+            body, status = data[begin : end + 1], 206
+            headers["Content_Range"] = f"bytes {begin}-{end}/{len(data)}"
+        fault, is_header = None, self.headers["Range"] == HEADER_RANGE
+        if with_body and not is_header and self.server.faults.get(name):
+            fault = self.server.faults[name].pop(0)
+        if fault and fault[0] == "status":
+            return self.refuse(fault[1])
+        if with_body and not is_header:
+            sent = fault[1] if fault else len(body)
+            self.server.bytes_sent[name] = self.server.bytes_sent.get(name, 0) + sent
+        if not fault:
+            return self.send(body, with_body, status, **headers)
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: fault[1]])
+        self.wfile.flush()
+        self.close_connection = True
+        self.connection.close()
+
+
+def describe(folder: Path) -> dict:
+    """Return what the hub's API says about a repository."""
+    siblings = []
+    for path in sorted(folder.iterdir()):
+        entry = {"rfilename": path.name, "size": path.stat().st_size, "blobId": "0" * 40}
+        if path.suffix == ".safetensors":
+            sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+            entry["lfs"] = {"size": entry["size"], "sha256": sha256, "pointerSize": 134}
+        siblings.append(entry)
+    return {"id": REPO, "modelId": REPO, "sha": COMMIT, "siblings": siblings, "tags": []}
+
+
+@contextmanager
+def serve(folder: Path) -> Iterator[Hub]:
+    server = Hub(folder)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def environment(server: Hub, home: Path) -> dict[str, str]:
+    """Return the environment of a program that shall know only this server."""
+    return os.environ | {
+        "HF_ENDPOINT": server.url,
+        "HF_HOME": str(home / "hf"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+
+
+def shard_requests(server: Hub) -> list:
+    return [r for r in server.requests if r[1].endswith(".safetensors") and r[0] == "GET"]
