@@ -20,6 +20,8 @@ import queue
 import sys
 import threading
 import time
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -116,52 +118,86 @@ class Counters:
 
 
 class Fetch:
-    """Reads under way for one step of one bank; `wait` joins them and raises their error."""
+    """Reads for one step of one bank, taken by the reader threads; `wait` joins them.
 
-    def __init__(self, bank: "Bank", missing: np.ndarray, num_requests: int):
+    The main thread may leave at any point (Ctrl-C). So a fetch is known to its bank before a slot
+    changes hands, and what it brings counts only when nothing is `left` to read; whoever leaves
+    early calls `Bank.join`. The main thread uses single C calls here (of deques, and `acquire`):
+    the locks of `threading` in Python, an `Event`'s too, do not survive an interrupt.
+    """
+
+    def __init__(self, bank: "Bank", missing: np.ndarray):
         self.bank, self.missing = bank, missing
-        self._left, self._lock = num_requests, threading.Lock()
-        self._done = threading.Event()
-        self.begun = self.ended = time.perf_counter()
+        self.reads: deque[tuple[Request, int]] = deque()  # (request, slot) not begun yet
+        self.left = len(missing)  # reads not done; their true number once they are queued
+        self.active = 0  # readers at work
         self.error: BaseException | None = None
-        if not num_requests:
-            self._done.set()
+        self.begun = self.ended = time.perf_counter()
+        self._lock = threading.Lock()  # of the readers
+        self._signal = threading.Lock()  # held until the last reader is done
+        self._signal.acquire()
 
-    def finish_one(self, error: BaseException | None) -> None:
-        with self._lock:
-            self.error = self.error or error
-            self._left -= 1
-            if not self._left:
-                self.ended = time.perf_counter()
-                self._done.set()
+    def serve(self, read: Callable[["Bank", Request, int], None]) -> None:
+        """Read what is left, as one of several threads."""
+        while self.reads:
+            with self._lock:
+                self.active += 1  # before the read is taken: see `is_finished`
+            error = None
+            try:
+                job = take(self.reads)
+                if job is not None:
+                    read(self.bank, *job)
+            except BaseException as caught:  # raised on the main thread by `wait`
+                error = caught
+                self.reads.clear()
+            with self._lock:
+                self.left -= job is not None and error is None
+                self.error = self.error or error
+                self.active -= 1
+                if self.is_finished:
+                    self.ended = time.perf_counter()
+                    if self._signal.locked():
+                        self._signal.release()
 
-    def abandon(self) -> None:
-        """Let the reads that have not begun be skipped; those experts will be absent."""
-        if not self._done.is_set():
-            self.error = self.error or InterruptedError("the reads were abandoned")
+    @property
+    def is_finished(self) -> bool:
+        """Say that no reader is at work and none will be; without a lock, so in this order."""
+        return not self.reads and not self.active
 
     def is_done(self, timeout_s: float) -> bool:
         """Wait at most so long; say whether every read has ended."""
-        return self._done.wait(timeout_s)
+        if not self.is_finished:
+            self._signal.acquire(timeout=timeout_s)
+        return self.is_finished
 
     def wait(self) -> None:
-        """Join the reads. After an error the experts they were for count as absent again."""
-        start = time.perf_counter()
-        try:
-            self._done.wait()
-        finally:  # Ctrl-C ends the wait, never a read into memory that others will use
-            self.abandon()
-            while not self._done.is_set():
-                self._done.wait()
-            counters, busy_until = self.bank.counters, self.bank.busy_until
-            counters.wait_s += time.perf_counter() - start
-            counters.read_s += max(self.ended - max(self.begun, busy_until), 0.0)
-            self.bank.busy_until = max(self.ended, busy_until)
-            self.bank.fetches.discard(self)
-            if self.error:
-                self.bank.forget(self.missing)
+        """Join the reads and raise their error; then the experts they were for are absent."""
+        self.end()
         if self.error:
             raise self.error
+
+    def end(self) -> None:
+        """Join the reads and settle what came of them."""
+        start = time.perf_counter()
+        while not self.is_done(1.0):
+            pass
+        bank, counters = self.bank, self.bank.counters
+        counters.wait_s += time.perf_counter() - start
+        counters.read_s += max(self.ended - max(self.begun, bank.busy_until), 0.0)
+        bank.busy_until = max(self.ended, bank.busy_until)
+        if self.left and not self.error:
+            self.error = InterruptedError("the reads were abandoned")
+        if self.error:
+            bank.forget(self.missing)
+        bank.fetches.discard(self)
+
+
+def take(jobs: deque):
+    """Return the next of some jobs that others take too, None where none is left."""
+    try:
+        return jobs.popleft()
+    except IndexError:
+        return None
 
 
 class Bank:
@@ -225,17 +261,28 @@ class Bank:
         self.used[slots[is_hit]] = self.step
         self.counters.hits += len(experts) - len(missing)
         self.counters.misses += len(missing)
+        fetch = Fetch(self, missing)
         if not len(missing):
-            return Fetch(self, missing, 0)
+            return fetch
         busy = slots[is_hit] if keep is None else np.concatenate([slots[is_hit], keep])
         victims = self.victims(len(missing), busy)
         self.settle(victims)
+        self.fetches.add(fetch)  # from here on `join` makes good what is left half-way
         evicted = self.expert_in[victims]
         self.slot_of[evicted[evicted != EMPTY]] = EMPTY
         self.expert_in[victims] = missing
         self.slot_of[missing] = victims
         self.used[victims] = self.step
-        return self.store.read(self, missing, victims)
+        self.store.read(fetch, victims)
+        return fetch
+
+    def bring(self, experts: np.ndarray) -> None:
+        """Bring distinct experts into slots and wait for them."""
+        try:
+            self.begin(experts).wait()
+        except BaseException:
+            self.join()
+            raise
 
     def victims(self, count: int, busy: np.ndarray) -> np.ndarray:
         """Return the least recently used slots, empty ones first, none of them busy."""
@@ -260,24 +307,27 @@ class Bank:
 
     def settle(self, slots: np.ndarray) -> None:
         """Evaluate what still reads these slots, so that their bytes may change."""
-        arrays = [self.readers.pop(slot) for slot in slots.tolist() if slot in self.readers]
-        if arrays:
-            mx.eval(arrays)
+        readers = {slot: self.readers[slot] for slot in slots.tolist() if slot in self.readers}
+        if readers:
+            mx.eval(list(readers.values()))
+        for slot in readers:
+            del self.readers[slot]
 
     def forget(self, experts: np.ndarray) -> None:
-        """Mark experts as absent: a read into their slots failed."""
-        slots = self.slot_of[experts]
+        """Mark experts as absent, whatever of their way into slots was done."""
         self.slot_of[experts] = EMPTY
-        self.expert_in[slots[slots != EMPTY]] = EMPTY
+        present = np.flatnonzero(self.slot_of != EMPTY)
+        self.expert_in[:] = EMPTY
+        self.expert_in[self.slot_of[present]] = present
 
     def join(self) -> None:
-        """Wait for every read under way and drop the others; for the way out of an error."""
+        """Drop reads that have not begun and wait for the others; for the way out of an error.
+
+        Their errors are told by whoever is leaving. May itself be interrupted, and called again.
+        """
         for fetch in list(self.fetches):
-            fetch.abandon()
-            try:
-                fetch.wait()
-            except (UserError, OSError):
-                pass  # told by whoever is leaving; the expert is absent and will be read again
+            fetch.reads.clear()
+            fetch.end()
 
 
 def make_projection(
@@ -405,7 +455,7 @@ class ExpertStore:
             self._files.open(path)
         if bank.is_resident:
             everyone = np.arange(bank.num_experts, dtype=np.int32)
-            bank.begin(everyone).wait()
+            bank.bring(everyone)
             bank.counters = Counters()
         return bank
 
@@ -420,7 +470,7 @@ class ExpertStore:
             size = sum(request.nbytes for request in bank.requests[0])
             count = min(bank.capacity, -(-(PROBE_BYTES - nbytes) // size))
             if count > 0 and not bank.is_resident:
-                bank.begin(np.arange(count, dtype=np.int32)).wait()
+                bank.bring(np.arange(count, dtype=np.int32))
                 bank.counters = Counters()
                 nbytes += count * size
         return nbytes / (time.perf_counter() - start), nbytes
@@ -450,33 +500,26 @@ class ExpertStore:
         """Bring distinct experts into slots, wait for them, and return the slots."""
         bank = self.banks[layer]
         experts = np.array(experts, np.int32)
-        bank.begin(experts).wait()
+        bank.bring(experts)
         return bank.slot_of[experts]
 
-    def read(self, bank: Bank, experts: np.ndarray, slots: np.ndarray) -> Fetch:
-        """Queue the reads that bring experts into slots."""
-        jobs = [
+    def read(self, fetch: Fetch, slots: np.ndarray) -> None:
+        """Give the readers what brings a fetch's missing experts into slots."""
+        requests = fetch.bank.requests
+        reads = [
             (request, slot)
-            for expert, slot in zip(experts.tolist(), slots.tolist(), strict=True)
-            for request in bank.requests[expert]
+            for expert, slot in zip(fetch.missing.tolist(), slots.tolist(), strict=True)
+            for request in requests[expert]
         ]
-        bank.counters.nbytes += sum(request.nbytes for request, _ in jobs)
-        fetch = Fetch(bank, experts, len(jobs))
-        bank.fetches.add(fetch)
-        for request, slot in jobs:
-            self._jobs.put((fetch, request, slot))
-        return fetch
+        fetch.bank.counters.nbytes += sum(request.nbytes for request, _ in reads)
+        fetch.left, fetch.begun = len(reads), time.perf_counter()
+        fetch.reads.extend(reads)
+        for _ in range(min(len(reads), NUM_READERS)):
+            self._jobs.put(fetch)  # each wakes one reader; one is enough to read all
 
     def _serve(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            fetch, request, slot = job
-            try:
-                if fetch.error is None:
-                    self._read(fetch.bank, request, slot)
-                error = None
-            except BaseException as caught:  # re-raised on the main thread by `Fetch.wait`
-                error = caught
-            fetch.finish_one(error)
+        while (fetch := self._jobs.get()) is not None:
+            fetch.serve(self._read)
 
     def _read(self, bank: Bank, request: Request, slot: int) -> None:
         buffers, floats = [], []

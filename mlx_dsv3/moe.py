@@ -168,6 +168,7 @@ def routed_streamed(bank, x: mx.array, experts: np.ndarray) -> mx.array:
     """As `routed_resident`, with experts (T, K) on the host and fewer slots than experts."""
     if bank.store.trace is not None:
         bank.store.record(bank.layer, experts)
+    bank.join()  # nothing is under way, unless a second Ctrl-C came while the first was served
     rows = Rows(bank, x, experts)
     needed, counts = np.unique(experts, return_counts=True)
     try:

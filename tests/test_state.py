@@ -1,12 +1,12 @@
 """Caches after every way to leave or to go back: equal to a fresh prefill of the ids they hold."""
 
-import sys
 from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm.models.cache
 import pytest
 from drafted import Drafted, make_drafted
+from interrupt import Interrupt
 from mlx_lm.models.cache import KVCache
 
 import mlx_dsv3
@@ -132,34 +132,6 @@ def test_end_token_and_budget_inside_accepted_drafts(model, drafts):
         assert continue_with(model, state, text + OTHER) == model.tokens(text + OTHER, 8, 0)
 
 
-class Interrupt:
-    """Raise KeyboardInterrupt at the n-th line of ours or of KVCache, as a signal could."""
-
-    def __init__(self, line: int):
-        self.left = line
-
-    def __call__(self, frame, event, argument):
-        if not frame.f_code.co_filename.startswith(TRACED):
-            return None
-        if event == "line":
-            self.left -= 1
-            if not self.left:
-                raise KeyboardInterrupt
-        return self
-
-    def run(self, step) -> bool:
-        """Run `step`; say whether it was interrupted."""
-        before = sys.gettrace()
-        sys.settrace(self)
-        try:
-            step()
-        except KeyboardInterrupt:
-            return True
-        finally:
-            sys.settrace(before)
-        return False
-
-
 def check_interrupts(model: Drafted, drafts: int, stride: int) -> int:
     """Interrupt three steps at every `stride`-th line; return the number of interruptions."""
     whole, line, count = started(model), 1, 0
@@ -171,7 +143,7 @@ def check_interrupts(model: Drafted, drafts: int, stride: int) -> int:
 
     while True:
         state = copied(whole)
-        if not Interrupt(line).run(steps):
+        if not Interrupt(TRACED, line).run(steps):
             return count
         state.align()
         model.assert_exact(state)

@@ -2,15 +2,18 @@
 
 import dataclasses
 import os
+import signal
+import sys
 import threading
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
+from interrupt import Interrupt
 from mlx_folder import write_mlx
 
-from mlx_dsv3 import expert_files, linear, moe
+from mlx_dsv3 import expert_files, expert_store, linear, moe
 from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.expert_store import EMPTY, ExpertStore
@@ -26,6 +29,7 @@ CONFIG = tiny.D | {
     "n_group": 8,
     "topk_group": 4,
 }
+STREAMING = (expert_store.__file__, moe.__file__)
 E, K = CONFIG["n_routed_experts"], CONFIG["num_experts_per_tok"]
 PACKINGS = {
     "q4": {"bits": 4, "group_size": 64, "mode": "affine"},
@@ -281,6 +285,82 @@ def test_reads_are_joined_before_an_exception_leaves(folder_of, monkeypatch):
     store.close()
 
 
+def hung(signum, frame):
+    raise AssertionError("the reads of an interrupted step never ended")
+
+
+def check_interrupts(folder, stride: int, then: int | None) -> int:
+    """Interrupt a prompt and three tokens at every `stride`-th line, with cold banks each time."""
+    expected = np.array(load_with(folder, E)[0](mx.array(PROMPT[None, :30])))
+    model, _, store, *_ = load_with(folder, 2 * K)
+    truth, line, count = expected_rows(folder), 1, 0
+
+    def steps() -> None:
+        mx.eval(model(mx.array(PROMPT[None, :30])))
+        for token in PROMPT[30:33].tolist():
+            mx.eval(model(mx.array([[token]])))
+
+    before = signal.signal(signal.SIGALRM, hung)
+    while True:
+        for bank in store.banks.values():
+            bank.forget(np.arange(E))
+        signal.alarm(20)
+        was_interrupted = Interrupt(STREAMING, line, then).run(steps)
+        if then is None:
+            check_slots(store.banks[1], truth)
+        if count % 10 == 0 or then is not None:
+            assert np.array_equal(np.array(model(mx.array(PROMPT[None, :30]))), expected)
+            check_slots(store.banks[1], truth)
+        signal.alarm(0)
+        if not was_interrupted:
+            signal.signal(signal.SIGALRM, before)
+            store.close()
+            return count
+        line, count = line + stride, count + 1
+
+
+@pytest.mark.parametrize("then", [None, 5])
+def test_ctrl_c_while_experts_stream(folder_of, then):
+    """An expert that counts as present and was never read: wrong replies without an error.
+
+    Once, and twice: the second time while what the first one left is put in order.
+    """
+    assert check_interrupts(folder_of("q4"), 61, then) > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("then", [None, 1, 12])
+def test_ctrl_c_at_every_line_while_experts_stream(folder_of, then):
+    assert check_interrupts(folder_of("q4"), 3 if then else 1, then) > 300
+
+
+def test_ctrl_c_at_random_moments(folder_of):
+    """By a real signal, between any two bytecodes and within waits."""
+    model, _, store, *_ = load_with(folder_of("q4"), K)
+    truth, rng, interrupted = expected_rows(folder_of("q4")), np.random.default_rng(0), 0
+
+    def interrupt(signum, frame):
+        signal.signal(signal.SIGALRM, hung)
+        signal.setitimer(signal.ITIMER_REAL, 20)
+        raise KeyboardInterrupt
+
+    for _ in range(100):
+        for bank in store.banks.values():
+            bank.forget(np.arange(E))
+        before = signal.signal(signal.SIGALRM, interrupt)
+        signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.001, 0.05))
+        try:
+            for token in PROMPT.tolist():
+                mx.eval(model(mx.array([[token]])))
+        except KeyboardInterrupt:
+            interrupted += 1
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        check_slots(store.banks[1], truth)
+    assert interrupted > 50
+    store.close()
+
+
 def test_probe_measures_and_leaves_experts_that_count(folder_of):
     """The probe fills slots with true experts and is no hit or miss of the first reply."""
     folder = folder_of("q4")
@@ -294,10 +374,6 @@ def test_probe_measures_and_leaves_experts_that_count(folder_of):
 
 
 def test_the_switch_interval_is_short_until_the_last_store_closes(folder_of, monkeypatch):
-    import sys
-
-    from mlx_dsv3 import expert_store
-
     shortened = sys.getswitchinterval()
     monkeypatch.setattr(expert_store, "switch_interval", expert_store.SwitchInterval())
     sys.setswitchinterval(0.004)
