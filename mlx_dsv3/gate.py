@@ -50,7 +50,8 @@ class Gate:
         self.usual: dict[tuple[int, int], float] = {}  # their medians, once there are ENOUGH
         self.tried = [0.0] * MAX_DRAFTS  # outcomes at each position, later ones weighing more
         self.accepted = [0.0] * MAX_DRAFTS
-        self.credit, self.has_paid, self.was_drafting = START_CREDIT, False, False
+        self.credit, self.has_paid = START_CREDIT, False
+        self.was_drafting, self.owed, self.last_plain_s = False, 0.0, 0.0
         self.current = 1
         self.trial, self.trial_left = 1, FIRST_STEPS
         self.since_trial = self.since_plain = 0
@@ -180,16 +181,24 @@ class Gate:
         """Book a step: drafts pay what they took beyond plain steps; time earns LOSS_SHARE.
 
         The first plain step after them pays too: it could not begin while the step before still
-        ran. The last one before them had run when the one before it ended, and is paid back.
+        ran. So much is paid back when drafts follow again, as far as the last plain step before
+        them took no time: it had run when the one before it ended. A short plain step elsewhere
+        saved nothing: it ran while the reader of the tokens was busy.
         """
         plain = self.step_s(context, 0)
-        if plain is None or self.step_s(context, 1) is None:
-            return
-        expected = self.forecast(context)[drafts][0] if drafts else plain
-        self.credit += LOSS_SHARE * seconds / plain
-        if drafts or self.was_drafting or seconds < plain / 2:
+        if plain is not None and self.step_s(context, 1) is not None:
+            expected = self.forecast(context)[drafts][0] if drafts else plain
             took = min(seconds, 2 * expected) / plain
-            self.credit += accepted + 1 - (max(took, 1.0) if drafts else took)
+            self.credit += LOSS_SHARE * took
+            if drafts:
+                self.credit += accepted + 1 - max(took, 1.0)
+                if not self.was_drafting:
+                    self.credit += min(self.owed, max(1 - self.last_plain_s / plain, 0.0))
+                self.owed = 0.0
+            elif self.was_drafting:
+                self.owed = max(took - 1, 0.0)
+                self.credit -= self.owed
+            self.credit = min(self.credit, MAX_CREDIT)
+            self.has_paid |= self.credit == MAX_CREDIT
         self.was_drafting = drafts > 0
-        self.credit = min(self.credit, MAX_CREDIT)
-        self.has_paid |= self.credit == MAX_CREDIT
+        self.last_plain_s = self.last_plain_s if drafts else seconds
