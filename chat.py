@@ -320,9 +320,9 @@ class Chat:
             return
         print("\n".join(stats_words(self.last_stats)), file=sys.stderr)
         drafts = self.last_stats.drafts
-        if drafts.draft_steps:
+        if self.gate.fixed != 0:
             for what, counts in (("made", drafts.steps), ("accepted", drafts.lengths)):
-                words = ", ".join(f"{i}: {n}" for i, n in enumerate(counts) if n)
+                words = ", ".join(f"{i}: {n}" for i, n in enumerate(counts) if n) or "none"
                 print(f"steps by drafts {what}: {words}", file=sys.stderr)
             print(f"mean accepted: {drafts.mean_accepted:.2f}", file=sys.stderr)
         for layer, count in self.last_layers.items():

@@ -23,7 +23,11 @@ from mlx_dsv3.state import State
 
 @dataclass
 class Stats:
-    """Counts and seconds of one reply; `peak_bytes` is MLX's peak since the process began."""
+    """Counts and seconds of one reply; `peak_bytes` is MLX's peak since the process began.
+
+    `prompt_s` ends where decoding begins, with the prompt's last token, which is a reply's first
+    input. So both rates are of what was computed in their time, however many tokens came at once.
+    """
 
     prompt_tokens: int = 0
     reused_tokens: int = 0
@@ -36,12 +40,13 @@ class Stats:
 
     @property
     def prompt_tps(self) -> float:
-        return (self.prompt_tokens - self.reused_tokens) / max(self.prompt_s, 1e-9)
+        """Return the tokens per second that were computed before decoding, 0 for none."""
+        computed = max(self.prompt_tokens - 1 - self.reused_tokens, 0)
+        return computed / max(self.prompt_s, 1e-9)
 
     @property
     def reply_tps(self) -> float:
-        """Tokens per second after the first, whose time counts as the prompt's."""
-        return max(self.reply_tokens - 1, 0) / max(self.reply_s, 1e-9)
+        return self.reply_tokens / max(self.reply_s, 1e-9)
 
 
 @dataclass
@@ -72,6 +77,17 @@ def make_gate(loaded: Loaded, drafts: str | int) -> Gate:
             "`python -m convert mtp SOURCE FOLDER` adds it from the original checkpoint",
         )
     return Gate(fixed=int(drafts))
+
+
+def check_state(loaded: Loaded, state: State, gate: Gate) -> None:
+    """Drop the MTP cache of a state for a model without the module; refuse drafts without one."""
+    if loaded.mtp is None:
+        state.drop_mtp()
+    elif gate.fixed and state.mtp_cache is None:
+        raise UserError(
+            f"`drafts={gate.fixed}` needs an MTP cache and this state was made without one",
+            "`make_state(loaded)` makes one with it; `drafts=0` goes on without",
+        )
 
 
 def context_limit(loaded: Loaded) -> int:
@@ -140,11 +156,15 @@ def stream(
     `drafts` is `auto`, a number of drafts for every step, or a `Gate` that outlives the reply.
     `state` carries the caches from reply to reply; ids it already holds are not computed again.
     Ends with finish_reason `stop` at an end token (whose text is empty) or `length` at
-    `max_tokens` or the end of the context. Raises `UserError` for ids that cannot be run.
+    `max_tokens` or the end of the context. Raises `UserError` for ids that cannot be run, and for
+    a fixed number of drafts with a state that was made without them.
     """
     check_ids(loaded, ids)
+    if max_tokens is not None and max_tokens < 1:
+        raise UserError(f"`max_tokens` is `{max_tokens}`", "it takes a whole number from 1")
     gate = drafts if isinstance(drafts, Gate) else make_gate(loaded, drafts)
     state = state or make_state(loaded, gate.fixed != 0)
+    check_state(loaded, state, gate)
     room = context_limit(loaded) - len(ids)
     limit = room if max_tokens is None else min(max_tokens, room)
     stats = Stats(prompt_tokens=len(ids))
@@ -156,12 +176,11 @@ def stream(
         decoder = Decoder(
             loaded.model, loaded.mtp, state, sampler or Sampler(), vocabulary_mask(loaded)
         )
+        begun = time.perf_counter()
+        stats.prompt_s = begun - start
         for token in decode(decoder, ids[-1], limit, gate, ends, stats.drafts):
-            now = time.perf_counter()
-            if stats.reply_tokens == 0:
-                stats.prompt_s, first = now - start, now
             stats.reply_tokens += 1
-            stats.reply_s = now - first
+            stats.reply_s = time.perf_counter() - begun
             stats.peak_bytes = mx.get_peak_memory()
             stats.experts = loaded.store.counters - before if loaded.store.is_streamed else None
             if token not in ends:

@@ -37,13 +37,15 @@ class DraftStats:
     """What the gate chose and what came of it, in one reply.
 
     `steps` counts main forwards by the number of drafts made; `lengths` those with drafts by the
-    number accepted; `plain_step_s` is the gate's own measurement, None until it has one.
+    number accepted; `unseen` counts the tokens that steps chose beyond the end of the reply;
+    `plain_step_s` is the gate's own measurement, None until it has one.
     """
 
     steps: list[int] = field(default_factory=lambda: [0] * (MAX_DRAFTS + 1))
     drafted: list[int] = field(default_factory=lambda: [0] * MAX_DRAFTS)
     accepted: list[int] = field(default_factory=lambda: [0] * MAX_DRAFTS)
     lengths: list[int] = field(default_factory=lambda: [0] * (MAX_DRAFTS + 1))
+    unseen: int = 0
     seconds: float = 0.0
     plain_step_s: float | None = None
 
@@ -61,7 +63,8 @@ class DraftStats:
 
     @property
     def tokens(self) -> int:
-        return sum(self.steps) + sum(self.accepted)
+        """Return the tokens that the reply got from these steps."""
+        return sum(self.steps) + sum(self.accepted) - self.unseen
 
     @property
     def acceptance(self) -> list[float]:
@@ -234,5 +237,6 @@ def decode(
                 if token in ends:
                     return
         finally:
+            stats.unseen += accepted + 1 - shown
             if shown < accepted:
                 state.rewind(fed + shown)

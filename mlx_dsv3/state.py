@@ -58,7 +58,12 @@ class State:
     def keep_last_waiting(self) -> None:
         """Record that all waiting states but the last are in the MTP cache."""
         g = self.waiting()
-        self.mtp_pairs, self.pending = self.mtp_pairs + g.shape[1] - 1, [g[:, -1:]]
+        last = mx.contiguous(g[:, -1:])  # a view would keep all of a prompt's states in memory
+        self.mtp_pairs, self.pending = self.mtp_pairs + g.shape[1] - 1, [last]
+
+    def drop_mtp(self) -> None:
+        """Go on without drafts."""
+        self.mtp_cache, self.mtp_pairs, self.pending = None, 0, []
 
     def align(self) -> None:
         """Bring the caches back to what was committed, after a step that did not end."""

@@ -91,7 +91,7 @@ class Drafted:
 
 def assert_rows(name: str, cache, expected, length: int, bound: float) -> None:
     """Check the rows of a latent cache."""
-    assert cache.offset >= length and expected.offset == length, name
+    assert cache.offset == expected.offset == length, name
     actual, expected = (np.array(c.keys[0, 0, :length]) for c in (cache, expected))
     worst = np.abs(actual - expected).max(axis=-1)
     assert worst.max() < bound, f"{name}: row {worst.argmax()} of {length} is off by {worst.max()}"

@@ -2,12 +2,12 @@
 
 from collections import Counter
 
+import bench_attention
 import mlx.core as mx
 import pytest
 from drafted import Drafted, make_drafted
 from mlx_lm.sample_utils import make_logits_processors
 
-from benchmarks import bench_attention
 from mlx_dsv3.gate import MAX_DRAFTS, Gate
 from mlx_dsv3.sampler import Sampler
 from mlx_dsv3.speculative import Decoder

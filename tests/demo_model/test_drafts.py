@@ -99,7 +99,7 @@ def test_ends_inside_accepted_drafts_leave_exact_states(loaded, ask, exact, monk
             assert last.finish_reason == ("length" if limit else "stop")
             exact.assert_exact(state, bound=1e-4)
             assert state.ids == (ids + plain)[: len(state.ids)]
-        assert reply(loaded, second, state, drafts=drafts) == expected
+            assert reply(loaded, second, state, drafts=drafts) == expected
 
 
 def test_some_of_those_ends_were_inside_accepted_drafts(loaded, ask):
@@ -107,7 +107,7 @@ def test_some_of_those_ends_were_inside_accepted_drafts(loaded, ask):
     *_, last = stream(loaded, ask(QUESTION), drafts=3)
     drafts = last.stats.drafts
     assert drafts.tokens_per_forward > 1.8 and drafts.lengths[2] + drafts.lengths[3] >= 2
-    assert drafts.tokens >= last.stats.reply_tokens  # steps may compute beyond the end token
+    assert drafts.tokens == last.stats.reply_tokens
 
 
 @pytest.mark.parametrize("drafts", [2, "auto"])
@@ -138,6 +138,21 @@ def test_a_saved_conversation_goes_on(loaded, ask, tmp_path):
     assert [piece.token for piece in pieces] == reply(loaded, second, state, drafts=2)
 
 
+def test_a_saved_conversation_without_the_module(loaded, ask, demo_q4, tmp_path):
+    """Its MTP cache is dropped where there is no module; where there is one, drafts need it."""
+    state, path = make_state(loaded), tmp_path / "talk.safetensors"
+    answer = "".join(piece.text for piece in stream(loaded, ask(QUESTION), drafts=2, state=state))
+    state.save(path, fingerprint(loaded.model))
+    second = ask(QUESTION, answer, FOLLOW_UP)
+    expected = reply(loaded, second, make_state(loaded), drafts=0)
+    plain = identical.load(demo_q4, with_mtp=False)
+    without = load_state(path, fingerprint(plain.model))
+    assert reply(plain, second, without) == expected and without.mtp_cache is None
+    with pytest.raises(UserError, match="needs an MTP cache"):
+        reply(loaded, second, without, drafts=2)
+    assert reply(loaded, second, without) == expected  # auto: plain
+
+
 def test_a_quantisation_has_its_own_saved_conversations(loaded, converted):
     other = identical.load(converted("q8"))
     assert fingerprint(loaded.model) != fingerprint(other.model)
@@ -150,14 +165,25 @@ def test_statistics_of_a_reply(loaded, ask):
     for _ in range(4):
         *_, last = stream(loaded, ask(QUESTION), drafts=gate)
         drafts = last.stats.drafts
-        assert drafts.tokens == sum(drafts.steps) + sum(drafts.accepted)
-        assert drafts.draft_steps == sum(drafts.lengths)
-        assert 0 <= drafts.tokens - last.stats.reply_tokens <= MAX_DRAFTS
+        assert drafts.tokens == last.stats.reply_tokens
+        assert drafts.tokens + drafts.unseen == sum(drafts.steps) + sum(drafts.accepted)
+        assert drafts.draft_steps == sum(drafts.lengths) and drafts.unseen <= MAX_DRAFTS
         assert all(0 <= share <= 1 for share in drafts.acceptance)
         tokens += drafts.tokens
     assert drafts.plain_step_s is not None and tokens > 40
     *_, last = stream(loaded, ask(QUESTION), drafts=0)
     assert last.stats.drafts.speed_up is None and last.stats.drafts.acceptance == []
+
+
+@pytest.mark.parametrize("drafts", [0, 4])
+def test_rates_count_every_token_and_all_of_its_time(loaded, ask, drafts):
+    """Five tokens of one step, of which four took no time: 40,000 tokens a second."""
+    for max_tokens in (2, 5, None):
+        *_, last = stream(loaded, ask(QUESTION), drafts=drafts, max_tokens=max_tokens)
+        stats = last.stats
+        assert stats.reply_s >= stats.drafts.seconds > 0
+        assert stats.reply_tps == pytest.approx(stats.reply_tokens / stats.reply_s)
+        assert stats.drafts.tokens_per_forward == stats.reply_tokens / sum(stats.drafts.steps)
 
 
 def test_reads_with_streamed_experts(streamed, ask):

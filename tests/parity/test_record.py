@@ -1,6 +1,5 @@
 """Recording streams a checkpoint and must keep exactly what the whole model in memory computes."""
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -402,10 +401,8 @@ def spread_tokens(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
     """Write one dense and one MoE layer of V3 at true size, about 15 GB, and delete it after."""
-    path = ROOT / "benchmarks" / "bench_convert.py"
-    spec = importlib.util.spec_from_file_location("bench_convert", path)
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
+    import bench_convert as bench
+
     folder = tmp_path_factory.mktemp("large") / "source"
     bench.write_checkpoint(folder, bench.V3)
     spread_tokens(folder)
