@@ -6,8 +6,10 @@ or by noise that depends on (seed, position) alone, and the draft uses the same 
 tokens are those of plain decoding whatever k is (spec 4.3; the acceptance rule "equal to the
 target's own sample" of 4.5).
 
-The same text is a promise in float32 on the CPU backend. In bfloat16 on a GPU one row and several
-may go through different kernels, so near-ties can fall otherwise; `--drafts 0` is plain decoding.
+One row and several may be summed in another order. In float32 that moves a logit by its last bits:
+no token differed on the CPU backend (`tests/demo_model/identical.py`; docs/log.md). In bfloat16
+on a GPU they go through different kernels, so near-ties can fall otherwise; `--drafts 0` is plain
+decoding.
 
 Host synchronisations: one for each step with drafts, whatever k, to read drafts and choices
 together; one for each plain step, to read a token while the next step already runs. With streamed
