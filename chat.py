@@ -163,7 +163,8 @@ def find_model(options: argparse.Namespace):
             "no MODEL was given and the demo model is not built",
             "`make demo` builds `build/demo-q4`",
         )
-    folder = open_model(options.model or DEMO, with_mtp=options.drafts != "0")
+    model = DEMO if options.model is None else options.model
+    folder = open_model(model, with_mtp=options.drafts != "0")
     check_before_load(options, has_mtp=bool(folder.sidecar))
     return folder
 

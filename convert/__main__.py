@@ -22,7 +22,7 @@ from convert.shards import DEFAULT_JOBS, Shards, disk_peak
 from convert.sidecar import mtp_prefix_of, plan_sidecar, write_config
 from convert.source import Source, open_folder
 from mlx_dsv3.errors import UserError, run_main
-from mlx_dsv3.hub import REPO_ID, Repo
+from mlx_dsv3.hub import Repo, is_repo_id
 
 
 def parser() -> argparse.ArgumentParser:
@@ -71,7 +71,7 @@ def open_source(
 
     `prefix` names, for a config.json, the tensors that matter; other shards are left alone.
     """
-    if Path(args.source).exists() or not REPO_ID.fullmatch(args.source):
+    if Path(args.source).exists() or not is_repo_id(args.source):
         if args.revision or getattr(args, "discard_source", False):
             raise UserError(
                 "`--revision` and `--discard-source` are for repositories on the hub",

@@ -9,14 +9,14 @@ import shutil
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
 from mlx_dsv3.config import ModelArgs, read_config, read_json
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.headers import INDEX, TensorInfo, join_headers, parse_header, read_header
-from mlx_dsv3.hub import HEADER_REQUESTS, REPO_ID, Repo, cached_snapshots
+from mlx_dsv3.hub import HEADER_REQUESTS, Repo, cached_snapshots, is_repo_id
 from mlx_dsv3.memory import gigabytes
 
 SIDECAR = "mtp.safetensors"
@@ -25,6 +25,7 @@ RECORD = "conversion.json"
 WEIGHTS = "model*.safetensors"
 # What belongs to a model besides its weights.
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*")
+TOKENIZERS = ("tokenizer.json", "*.model", "*.tiktoken")
 CONVERT_HINT = "`python -m convert run {} OUT` makes an MLX folder of a hub checkpoint"
 INCOMPLETE_HINT = "the folder is incomplete; convert or download it again"
 
@@ -55,13 +56,19 @@ def open_model(model: str | Path | Folder, with_mtp: bool = True) -> Folder:
     for what cannot be run.
     """
     if isinstance(model, Folder):
-        return model
-    if isinstance(model, Path) or Path(model).exists() or not REPO_ID.fullmatch(model):
+        return model if with_mtp else replace(model, sidecar={})
+    if isinstance(model, Path) or Path(model).exists() or not is_repo_id(model):
         return open_folder(Path(model), with_mtp)
-    for snapshot in cached_snapshots(model):
+    snapshots = cached_snapshots(model)
+    for snapshot in snapshots:
         if is_complete(snapshot, with_mtp):
             return open_folder(snapshot, with_mtp)
-    return open_repo(Repo(model, waits=()), with_mtp)
+    try:
+        return open_repo(Repo(model, waits=()), with_mtp)
+    except UserError as error:
+        if any(is_complete(snapshot, with_mtp=False) for snapshot in snapshots):
+            error.hint = f"only `{SIDECAR}` is not on this machine: `--drafts 0` does without it"
+        raise
 
 
 def open_folder(path: Path, with_mtp: bool = True) -> Folder:
@@ -79,7 +86,7 @@ def files_in(path: Path) -> set[str]:
 def open_repo(repo: Repo, with_mtp: bool = True) -> Folder:
     """Read the headers of a repository by range requests, and fetch its small files."""
     path, present = repo.small_files(SMALL_FILES), set(repo.sizes)
-    check_config(path, repo.repo_id)  # before a request for each of 163 shards
+    ModelArgs.from_dict(check_config(path, repo.repo_id))  # before a request for each shard
     names = [*weight_names(path, repo.repo_id, present), *({SIDECAR} & present)]
     with ThreadPoolExecutor(HEADER_REQUESTS) as pool:
         raw = dict(zip(names, pool.map(repo.header, names), strict=True))
@@ -157,9 +164,13 @@ def check_index(path: Path, name: str, tensors: dict[str, TensorInfo]) -> None:
 
 
 def is_complete(snapshot: Path, with_mtp: bool) -> bool:
-    """Say whether a cached revision has every file that it needs; other tools leave some out."""
+    """Say whether a cached revision has every file that it needs; other tools leave some out.
+
+    Without an index that is known of a single file only.
+    """
     present = files_in(snapshot)
-    if "config.json" not in present:
+    has_tokenizer = any(fnmatch(file, word) for file in present for word in TOKENIZERS)
+    if "config.json" not in present or not has_tokenizer:
         return False
     needed = {SIDECAR} if with_mtp and RECORD in present else set()
     if needed:
@@ -181,14 +192,16 @@ def fetch(folder: Folder) -> Folder:
     repo = folder.repo
     names = {info.path.name for info in folder.every.values()}
     missing = sorted(names - files_in(folder.path), key=lambda name: (name != SIDECAR, name))
-    wanted = sum(repo.sizes[name] for name in missing)
+    blobs = folder.path.parents[1] / "blobs"  # what is there lacks only its link
+    lacking = [name for name in missing if not (blobs / repo.sha256.get(name, "none")).exists()]
+    wanted = sum(repo.sizes[name] for name in lacking)
     if wanted > (free := shutil.disk_usage(folder.path).free):
         raise UserError(
             f"`{repo.repo_id}` lacks {gigabytes(wanted)} on this machine, and the disk of "
             f"`{folder.path}` has {gigabytes(free)} free",
             "make room, or set HF_HOME to a folder on a larger disk",
         )
-    if missing:
+    if lacking:
         print(f"fetching {gigabytes(wanted)} of `{repo.repo_id}`", file=sys.stderr)
     for name in missing:
         repo.fetch(name, None)

@@ -82,6 +82,7 @@ def make_gate(loaded: Loaded, drafts: str | int) -> Gate:
 def check_state(loaded: Loaded, state: State, gate: Gate) -> None:
     """Drop the MTP cache of a state for a model without the module; refuse drafts without one."""
     if loaded.mtp is None:
+        make_gate(loaded, gate.fixed or 0)
         state.drop_mtp()
     elif gate.fixed and state.mtp_cache is None:
         raise UserError(

@@ -24,17 +24,34 @@ HEADER_REQUESTS = 8  # at once
 WAITS_S = (1, 2, 4, 8, 16, 32, 60)
 
 
-def cached_snapshots(repo_id: str) -> list[Path]:
-    """Return the folders of a repository's revisions in the hub's cache, the newest first.
+def is_repo_id(name: str) -> bool:
+    """Say whether a repository may have this name."""
+    if not REPO_ID.fullmatch(name):
+        return False
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
-    They may lack files. Layout as documented: huggingface.co/docs/huggingface_hub, "cache".
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def cached_snapshots(repo_id: str) -> list[Path]:
+    """Return the folders of a repository's revisions in the hub's cache, that of `main` first.
+
+    The others follow by age, the newest first; any may lack files. Layout as documented:
+    huggingface.co/docs/huggingface_hub, "cache".
     """
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.file_download import repo_folder_name
 
-    name = repo_folder_name(repo_id=repo_id, repo_type="model")
-    found = Path(HF_HUB_CACHE, name, "snapshots").glob("*")
-    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+    cache = Path(HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="model"))
+    ref = cache / "refs" / "main"
+    main = ref.read_text().strip() if ref.is_file() else None
+    found = [path for path in (cache / "snapshots").glob("*") if path.is_dir()]
+    return sorted(found, key=lambda path: (path.name != main, -path.stat().st_mtime))
 
 
 class Repo:
@@ -153,7 +170,12 @@ class Repo:
                 reason = _passing_failure(error)
                 if reason is None:
                     raise
-                if wait is None or isinstance(error, errors.OfflineModeIsEnabled):
+                if isinstance(error, errors.OfflineModeIsEnabled):
+                    raise UserError(
+                        f"`{self.repo_id}` is not on this machine, and HF_HUB_OFFLINE is set",
+                        "unset HF_HUB_OFFLINE to fetch it, or give a folder that exists",
+                    ) from None
+                if wait is None:
                     raise UserError(
                         f"`{self.repo_id}` cannot be reached: {reason}",
                         "check the connection and repeat the same command, or give a folder that "

@@ -265,7 +265,7 @@ def load(
         expert_memory_gb=expert_memory_gb,
         context=context,
     )
-    opened = fetch(opened)
-    model, mtp, store, args, config = load_model(opened, dtype=dtype, plan=plan)
+    args, config = opened.args, opened.config
     tokenizer = load_checked_tokenizer(opened.path, args, config, trust_remote_code)
+    model, mtp, store, *_ = load_model(opened, dtype=dtype, plan=plan)
     return Loaded(model, tokenizer, mtp, store, plan, args, config)

@@ -90,7 +90,7 @@ class MemoryPlan:
 def available_bytes() -> int:
     """Return what this process may use: Metal's recommended working set, else free memory."""
     if mx.metal.is_available():
-        return int(mx.device_info()["max_recommended_working_set_size"])
+        return int(mx.device_info(mx.gpu)["max_recommended_working_set_size"])
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
@@ -298,6 +298,6 @@ def refuse(plan: MemoryPlan, args: ModelArgs, budget_was_given: bool) -> None:
         )
     if mx.metal.is_available():
         wanted = ceil(plan.total_bytes / USABLE_SHARE / 2**20)
-        if wanted < MOST_WIRED_SHARE * mx.device_info()["memory_size"] / 2**20:
+        if wanted < MOST_WIRED_SHARE * mx.device_info(mx.gpu)["memory_size"] / 2**20:
             hint += f"; or allow the GPU more: `sudo sysctl iogpu.wired_limit_mb={wanted}`"
     raise UserError(message, hint)

@@ -225,10 +225,11 @@ def perplexity(args: argparse.Namespace) -> int:
     file = Path(args.file)
     if not file.is_file():
         raise UserError(f"`{file}` is no file", "give a text file in UTF-8")
-    model, _, store, model_args, config = load_with_flags(args)
+    folder, config = args.folder, args.folder.config
+    tokenizer = load_checked_tokenizer(folder.path, folder.args, config, False)
+    model, _, store, *_ = load_with_flags(args)
     text = file.read_text(encoding="utf-8")
     try:
-        tokenizer = load_checked_tokenizer(args.folder.path, model_args, config, False)
         ids = tokenizer.encode(text, add_special_tokens=False)
         bos = config.get("bos_token_id")
         if bos is not None and ids[:1] == [bos]:

@@ -16,7 +16,8 @@ from mlx_dsv3.load import load_model
 CHECKPOINT = Path(__file__).parents[1] / "demo" / "checkpoint"
 
 # Every test but those of the `metal` lane runs on the CPU backend, also on a Mac: the bits that
-# they compare, and bounds near a float32 rounding error, are promised there.
+# they compare, and bounds near a float32 rounding error, are promised there. Programs that they
+# start choose for themselves, and use a Mac's GPU unless they are told.
 mx.set_default_device(mx.cpu)
 # Threads cost more than they give at these sizes: 5 s against 0.05 s a forward, 2 busy cores.
 torch.set_num_threads(1)

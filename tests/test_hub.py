@@ -1,6 +1,6 @@
 """The hub itself: headers of the real checkpoints, one real tensor, MLX folders. `ARGS='-m hub'`.
 
-Not yet run: written where there is no network, against the server of `hub_server.py`.
+Not yet run: written where there is no network.
 """
 
 import json
@@ -48,7 +48,7 @@ def read(repo: Repo, tensor) -> bytes:
     from huggingface_hub import HfFileSystem
 
     path = f"{repo.repo_id}@{repo.revision}/{tensor.shard}"
-    with HfFileSystem().open(path, "rb", block_size=0) as file:
+    with HfFileSystem().open(path, "rb") as file:
         file.seek(tensor.start)
         return file.read(tensor.nbytes)
 

@@ -152,10 +152,10 @@ def test_context_is_bounded_by_the_model(folder):
 
 
 def pretend_metal(monkeypatch, recommended: int, memory: int) -> None:
-    """Answer as Metal would: this is all that the plan asks it."""
+    """Answer as Metal would for its device, whatever the default one is."""
     info = {"max_recommended_working_set_size": recommended, "memory_size": memory}
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-    monkeypatch.setattr(mx, "device_info", lambda: info)
+    monkeypatch.setattr(mx, "device_info", {mx.gpu: info}.__getitem__)
 
 
 def test_a_mac_allows_what_metal_recommends(folder, monkeypatch):

@@ -124,7 +124,7 @@ def test_the_demo_model_answers(converted_here, drafts):
 
 
 def test_memory_is_planned_and_wired_as_the_gpu_says(converted_here):
-    recommended = mx.device_info()["max_recommended_working_set_size"]
+    recommended = mx.device_info(GPU)["max_recommended_working_set_size"]
     assert available_bytes() == recommended
     assert plan_memory(converted_here("q4")).limit_bytes == int(recommended * USABLE_SHARE)
     load(converted_here("q4")).store.close()

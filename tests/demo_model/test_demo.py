@@ -46,12 +46,20 @@ def without_mtp(checkpoint: Path, folder: Path) -> Path:
     return folder
 
 
+ON_CPU = """
+import runpy
+import mlx.core as mx
+mx.set_default_device(mx.cpu)  # as our conversion: a GPU rounds ties otherwise
+runpy.run_module("mlx_lm", run_name="__main__")
+"""
+
+
 @pytest.fixture(scope="module")
 def mlx_lm_folder(checkpoint, tmp_path_factory) -> Path:
     """Return the demo checkpoint as `mlx_lm.convert -q` writes it."""
     folder = tmp_path_factory.mktemp("mlx_lm")
     source = without_mtp(checkpoint, folder / "source")
-    command = [sys.executable, "-m", "mlx_lm", "convert", "--hf-path", str(source), "-q"]
+    command = [sys.executable, "-c", ON_CPU, "convert", "--hf-path", str(source), "-q"]
     subprocess.run([*command, "--mlx-path", str(folder / "q4")], check=True, capture_output=True)
     return folder / "q4"
 

@@ -118,6 +118,57 @@ def test_a_checkpoint_is_sent_to_the_converter(checkpoint, tmp_path):
         assert shard_requests(server) == []
 
 
+def test_a_tokenizer_that_does_not_load_is_told_before_the_fetch(demo_q4, tmp_path):
+    folder = shutil.copytree(demo_q4, tmp_path / "folder")
+    (folder / "tokenizer.json").write_text("{}")
+    with serve(folder) as server:
+        refused(ask(server, tmp_path, "-p", QUESTION), "the tokenizer of", "does not load")
+        assert whole_files(server) == []
+
+
+def test_what_a_cache_may_look_like(server, tmp_path):
+    """Without its tokenizer it is not complete; a blob that lost its link is not fetched again."""
+    assert ask(server, tmp_path, "-p", QUESTION).returncode == 0
+    (tokenizer,) = tmp_path.rglob("tokenizer.json")
+    (tokenizer.parents[1] / ".DS_Store").touch()
+    tokenizer.unlink()
+    (tokenizer.parent / "model-experts-00002.safetensors").unlink()
+    server.requests.clear()
+    full = "mlx_dsv3.folder.shutil.disk_usage = lambda path: type('', (), {'free': 0})"
+    done = ask(server, tmp_path, "-p", QUESTION, "--stats", "off", patch=full)
+    assert done.returncode == 0 and "Paris" in done.stdout and done.stderr == "", done.stderr
+    assert whole_files(server) == []
+
+
+def test_other_revisions_come_after_main(server, tmp_path):
+    """A newer snapshot of another branch must not stand in for the model's own."""
+    assert ask(server, tmp_path, "-p", QUESTION).returncode == 0
+    (config,) = tmp_path.rglob("config.json")
+    cache = config.parents[2]
+    (cache / "refs").mkdir(exist_ok=True)
+    (cache / "refs" / "main").write_text(config.parent.name)
+    other = cache / "snapshots" / ("f" * 40)
+    shutil.copytree(config.parent, other)
+    (other / "config.json").write_text("{}")
+    server.closed = 500
+    assert ask(server, tmp_path, "-p", QUESTION).returncode == 0
+
+
+def test_without_a_network(server, tmp_path):
+    """What lacks only the sidecar says so; HF_HUB_OFFLINE is named; slips of the pen are no ids."""
+    assert ask(server, tmp_path, "-p", QUESTION).returncode == 0
+    (sidecar,) = tmp_path.rglob("mtp.safetensors")
+    sidecar.unlink()
+    server.closed = 503
+    done = ask(server, tmp_path, "-p", QUESTION)
+    refused(done, "cannot be reached: status 503", "only `mtp.safetensors` is not on this machine")
+    offline = "import huggingface_hub.constants as c; c.HF_HUB_OFFLINE = True"
+    done = ask(server, tmp_path / "other", "-p", QUESTION, patch=offline)
+    refused(done, f"`{REPO}` is not on this machine, and HF_HUB_OFFLINE is set")
+    for name in ("models/r1--q4", "models/größe", "models/x.git"):
+        refused(run(name, "-p", QUESTION), f"`{name}` is no folder")
+
+
 def test_an_interrupted_fetch_goes_on(server, tmp_path):
     """Files that arrived are kept; a start on half of them asks the hub for the rest."""
     name = "model-experts-00002.safetensors"
