@@ -22,12 +22,14 @@ MAX_DRAFTS = 4
 FIRST_STEPS = 2  # with one draft, before anything is known
 FIRST_PLAIN = 6  # plain steps after them
 TRIAL_STEPS = 2
+MORE_STEPS = 8  # of a trial after plain steps, each while all drafts are accepted: they grow warm
 TRIAL_EVERY = 32  # steps between trials
 REFRESH_STEPS = 4  # plain steps in between, so that the comparison stays true,
 REFRESH_EVERY = 160  # after so many steps with drafts,
 REFRESH_FACTOR = 8  # or so many for each plain time known, if fewer
 LOSS_SHARE = 0.01
 START_CREDIT = 2.0
+RESERVE_STEPS = 200
 MAX_CREDIT = 6.0
 WINDOW = 15  # times kept of each kind of step
 ENOUGH = 2  # of them before they count: the first may have compiled kernels
@@ -51,10 +53,10 @@ class Gate:
         self.tried = [0.0] * MAX_DRAFTS  # outcomes at each position, later ones weighing more
         self.accepted = [0.0] * MAX_DRAFTS
         self.credit, self.has_paid = START_CREDIT, False
-        self.was_drafting, self.owed, self.last_plain_s = False, 0.0, 0.0
+        self.was_drafting, self.first_plain_s, self.last_plain_s = False, 0.0, 0.0
         self.current = 1
-        self.trial, self.trial_left = 1, FIRST_STEPS
-        self.since_trial = self.since_plain = 0
+        self.trial, self.trial_left, self.more_steps = 1, FIRST_STEPS, 0
+        self.steps = self.since_trial = self.since_plain = 0
 
     @staticmethod
     def bucket(context: int) -> int:
@@ -106,6 +108,7 @@ class Gate:
         if self.fixed is not None:
             return self.fixed
         if not self.trial_left:
+            self.more_steps = 0
             self.begin_trial(context)
         if self.trial_left:
             return self.trial
@@ -148,11 +151,12 @@ class Gate:
         if not near:
             return
         k = min(near, key=lambda k: len(self.times.get((self.bucket(context), k), ())))
-        reserve = 0.0 if self.has_paid else START_CREDIT
+        reserve = 0.0 if self.has_paid or self.steps >= RESERVE_STEPS else START_CREDIT
         if self.credit - reserve < TRIAL_STEPS * self.risk(self.forecast(context), k):
             return
         self.trial, self.trial_left = k, TRIAL_STEPS
         if not self.current:
+            self.more_steps = MORE_STEPS
             self.forget()
 
     def forget(self) -> None:
@@ -164,10 +168,14 @@ class Gate:
 
     def record(self, context: int, drafts: int, seconds: float, accepted: int = 0) -> None:
         """Record what a step took and how many of its drafts were accepted."""
+        self.steps += 1
         self.since_trial = 0 if self.trial_left else self.since_trial + 1
         self.trial_left -= self.trial_left > 0 and drafts == self.trial
         self.since_plain = self.since_plain + 1 if drafts else 0
         self.charge(context, drafts, seconds, accepted)
+        if self.more_steps and not self.trial_left and 0 < drafts == accepted:
+            if self.risk(self.forecast(context), drafts) <= self.credit:
+                self.trial_left, self.more_steps = 1, self.more_steps - 1
         for position in range(min(accepted + 1, drafts)):
             self.tried[position] = self.tried[position] * FORGET + 1
             self.accepted[position] = self.accepted[position] * FORGET + (position < accepted)
@@ -180,10 +188,10 @@ class Gate:
     def charge(self, context: int, drafts: int, seconds: float, accepted: int) -> None:
         """Book a step: drafts pay what they took beyond plain steps; time earns LOSS_SHARE.
 
-        The first plain step after them pays too: it could not begin while the step before still
-        ran. So much is paid back when drafts follow again, as far as the last plain step before
-        them took no time: it had run when the one before it ended. A short plain step elsewhere
-        saved nothing: it ran while the reader of the tokens was busy.
+        The first plain step after them may take longer: it could not begin while the step before
+        still ran. As far as the last plain step before the next drafts is as much shorter (it had
+        run when the one before it ended), nothing was lost; the rest is paid then. A short plain
+        step elsewhere saves nothing: it ran while the reader of the tokens was busy.
         """
         plain = self.step_s(context, 0)
         if plain is not None and self.step_s(context, 1) is not None:
@@ -193,12 +201,13 @@ class Gate:
             if drafts:
                 self.credit += accepted + 1 - max(took, 1.0)
                 if not self.was_drafting:
-                    self.credit += min(self.owed, max(1 - self.last_plain_s / plain, 0.0))
-                self.owed = 0.0
-            elif self.was_drafting:
-                self.owed = max(took - 1, 0.0)
-                self.credit -= self.owed
+                    longer = min(self.first_plain_s / plain - 1, 1.0)
+                    self.credit -= max(longer - max(1 - self.last_plain_s / plain, 0.0), 0.0)
+                    self.first_plain_s = 0.0
             self.credit = min(self.credit, MAX_CREDIT)
             self.has_paid |= self.credit == MAX_CREDIT
+        if not drafts:
+            if self.was_drafting and plain is not None:  # not after the very first
+                self.first_plain_s = seconds
+            self.last_plain_s = seconds
         self.was_drafting = drafts > 0
-        self.last_plain_s = self.last_plain_s if drafts else seconds

@@ -325,7 +325,7 @@ def test_ctrl_c_while_experts_stream(folder_of, then):
 
     Once, and twice: the second time while what the first one left is put in order.
     """
-    assert check_interrupts(folder_of("q4"), 61, then) > 10
+    assert check_interrupts(folder_of("q4"), 97, then) > 10
 
 
 @pytest.mark.slow

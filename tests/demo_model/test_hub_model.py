@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from hub_server import REPO, Hub, environment, serve, shard_requests
 
+from mlx_dsv3.errors import UserError
+from mlx_dsv3.folder import open_model
+
 from .test_chat import QUESTION, ROOT, refused, run
 
 CHILD = """
@@ -24,6 +27,21 @@ chat.entry()
 def server(demo_q4):
     with serve(demo_q4) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def fetched_once(demo_q4, tmp_path_factory) -> Path:
+    home = tmp_path_factory.mktemp("home")
+    with serve(demo_q4) as server:
+        done = ask(server, home, "-p", QUESTION)
+    assert done.returncode == 0 and "Paris" in done.stdout, done.stderr
+    return home
+
+
+@pytest.fixture
+def home(fetched_once, tmp_path) -> Path:
+    """Return a folder with a hub cache that holds everything, to be damaged."""
+    return shutil.copytree(fetched_once, tmp_path / "home", symlinks=True)
 
 
 def ask(server: Hub, home: Path, *options: str, patch: str = "") -> subprocess.CompletedProcess:
@@ -69,19 +87,17 @@ def test_parity_takes_a_hub_id(server, tmp_path):
     assert done.returncode == 0 and "equal, bit for bit" in done.stdout, done.stderr
 
 
-def test_a_sidecar_that_another_tool_left_out(server, tmp_path):
+def test_a_sidecar_that_another_tool_left_out(server, home):
     """mlx-lm fetches `model*.safetensors`: drafts would be silently off for ever."""
-    assert ask(server, tmp_path, "-p", QUESTION).returncode == 0
-    (sidecar,) = tmp_path.rglob("mtp.safetensors")
+    (sidecar,) = home.rglob("mtp.safetensors")
     sidecar.unlink()
-    server.requests.clear()
-    done = ask(server, tmp_path, "-p", QUESTION, "--drafts", "2")
+    done = ask(server, home, "-p", QUESTION, "--drafts", "2")
     assert done.returncode == 0 and "Paris" in done.stdout
     assert {Path(r[1]).name for r in server.requests if r[2] is None} >= {"mtp.safetensors"}
     assert not any("model-" in name for name in whole_files(server))
     sidecar.unlink()
     server.closed = 500  # without drafts nothing is lacking
-    assert ask(server, tmp_path, "-p", QUESTION, "--drafts", "0").returncode == 0
+    assert ask(server, home, "-p", QUESTION, "--drafts", "0").returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -126,24 +142,21 @@ def test_a_tokenizer_that_does_not_load_is_told_before_the_fetch(demo_q4, tmp_pa
         assert whole_files(server) == []
 
 
-def test_what_a_cache_may_look_like(server, tmp_path):
+def test_what_a_cache_may_look_like(server, home):
     """Without its tokenizer it is not complete; a blob that lost its link is not fetched again."""
-    assert ask(server, tmp_path, "-p", QUESTION).returncode == 0
-    (tokenizer,) = tmp_path.rglob("tokenizer.json")
+    (tokenizer,) = home.rglob("tokenizer.json")
     (tokenizer.parents[1] / ".DS_Store").touch()
     tokenizer.unlink()
     (tokenizer.parent / "model-experts-00002.safetensors").unlink()
-    server.requests.clear()
     full = "mlx_dsv3.folder.shutil.disk_usage = lambda path: type('', (), {'free': 0})"
-    done = ask(server, tmp_path, "-p", QUESTION, "--stats", "off", patch=full)
+    done = ask(server, home, "-p", QUESTION, "--stats", "off", patch=full)
     assert done.returncode == 0 and "Paris" in done.stdout and done.stderr == "", done.stderr
     assert whole_files(server) == []
 
 
-def test_other_revisions_come_after_main(server, tmp_path):
+def test_other_revisions_come_after_main(server, home):
     """A newer snapshot of another branch must not stand in for the model's own."""
-    assert ask(server, tmp_path, "-p", QUESTION).returncode == 0
-    (config,) = tmp_path.rglob("config.json")
+    (config,) = home.rglob("config.json")
     cache = config.parents[2]
     (cache / "refs").mkdir(exist_ok=True)
     (cache / "refs" / "main").write_text(config.parent.name)
@@ -151,22 +164,26 @@ def test_other_revisions_come_after_main(server, tmp_path):
     shutil.copytree(config.parent, other)
     (other / "config.json").write_text("{}")
     server.closed = 500
-    assert ask(server, tmp_path, "-p", QUESTION).returncode == 0
+    assert ask(server, home, "-p", QUESTION).returncode == 0
 
 
-def test_without_a_network(server, tmp_path):
-    """What lacks only the sidecar says so; HF_HUB_OFFLINE is named; slips of the pen are no ids."""
-    assert ask(server, tmp_path, "-p", QUESTION).returncode == 0
-    (sidecar,) = tmp_path.rglob("mtp.safetensors")
+def test_without_a_network(server, home, tmp_path):
+    """What lacks only the sidecar says so; HF_HUB_OFFLINE is named."""
+    (sidecar,) = home.rglob("mtp.safetensors")
     sidecar.unlink()
     server.closed = 503
-    done = ask(server, tmp_path, "-p", QUESTION)
+    done = ask(server, home, "-p", QUESTION)
     refused(done, "cannot be reached: status 503", "only `mtp.safetensors` is not on this machine")
     offline = "import huggingface_hub.constants as c; c.HF_HUB_OFFLINE = True"
     done = ask(server, tmp_path / "other", "-p", QUESTION, patch=offline)
     refused(done, f"`{REPO}` is not on this machine, and HF_HUB_OFFLINE is set")
-    for name in ("models/r1--q4", "models/größe", "models/x.git"):
-        refused(run(name, "-p", QUESTION), f"`{name}` is no folder")
+
+
+@pytest.mark.parametrize("name", ["models/r1--q4", "models/größe", "models/x.git", "q4", "a/b/c"])
+def test_a_slip_of_the_pen_is_no_hub_id(name):
+    """Names that no repository may have end as a missing folder does, without a request."""
+    with pytest.raises(UserError, match=f"`{name}` is no folder"):
+        open_model(name)
 
 
 def test_an_interrupted_fetch_goes_on(server, tmp_path):
