@@ -10,8 +10,9 @@ What wrong guesses can cost is bounded by an account of *credit*, in plain steps
 what it took beyond plain steps for its tokens, or earns what it saved, and is taken only where the
 credit covers it in vain. So beyond the first `FIRST_STEPS` steps, drafting loses at most LOSS_SHARE
 of the time and `START_CREDIT` plain steps (or `MAX_CREDIT` of those that it saved before), whatever
-was forecast, and what the last return to plain steps took: a step at most. Not charged is the part of a step beyond twice what was expected: a kernel compiled
-at first use, or a disturbance of the machine, which says nothing about drafts.
+was forecast, and what the last return to plain steps took, a step at most. Not charged is the part
+of a step beyond twice what was expected: a kernel compiled at first use, or a disturbance of the
+machine, which says nothing about drafts.
 """
 
 import math
