@@ -30,7 +30,7 @@ REFRESH_EVERY = 160  # after so many steps with drafts,
 REFRESH_FACTOR = 8  # or so many for each plain time known, if fewer
 LOSS_SHARE = 0.01
 START_CREDIT = 2.0
-RESERVE_STEPS = 200
+RESERVE_STEPS = 200  # so that a short first reply loses little
 MAX_CREDIT = 6.0
 WINDOW = 15  # times kept of each kind of step
 ENOUGH = 2  # of them before they count: the first may have compiled kernels
@@ -146,7 +146,8 @@ class Gate:
     def begin_neighbour(self, context: int) -> None:
         """Begin a trial of the neighbour known least, if the credit covers it.
 
-        Drafts that never paid may use what was earned since, not the credit they started with.
+        In the first RESERVE_STEPS, drafts that never paid may use what was earned since, not the
+        credit they started with.
         """
         near = [k for k in (self.current + 1, self.current - 1) if 0 < k <= self.max_drafts]
         if not near:
