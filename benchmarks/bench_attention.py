@@ -24,6 +24,7 @@ from mlx_lm.models.deepseek_v3 import ModelArgs as TheirArgs
 from rich.console import Console
 from rich.table import Table
 
+from mlx_dsv3.cache import LatentCache
 from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.mla import MLA
 
@@ -78,12 +79,12 @@ class Ours:
         layer.q_a_layernorm, layer.q_b_proj, layer.o_proj = Given(), Given(q), Given()
         for name in ("q_a_proj", "kv_a_proj_with_mqa"):
             layer.pop(name)
-        self.layer, self.cache = layer, KVCache()
+        self.layer, self.cache = layer, LatentCache()
         mx.eval(layer.parameters())
 
     def fill(self, rows: mx.array) -> None:
-        self.cache.update_and_fetch(rows[:, None], rows[:, None, :, :0])
-        mx.eval(self.cache.keys)
+        self.cache.append(rows)
+        mx.eval(self.cache.state)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.layer(x, self.cache)
@@ -102,7 +103,7 @@ class Theirs(Ours):
     def fill(self, rows: mx.array) -> None:
         latent, k_pe = mx.split(rows[:, None], [V3["kv_lora_rank"]], axis=-1)
         self.cache.update_and_fetch(latent, k_pe)
-        mx.eval(self.cache.keys, self.cache.values)
+        mx.eval(self.cache.state)
 
     def __call__(self, x: mx.array) -> mx.array:
         mask = create_attention_mask(x, self.cache, return_array=True)
@@ -130,7 +131,7 @@ def run(side: Ours, x: mx.array) -> tuple[mx.array, float, int]:
     mx.reset_peak_memory()
     active, start = mx.get_active_memory(), time.perf_counter()
     out = side(x)
-    mx.eval(out, side.cache.keys)
+    mx.eval(out, side.cache.state)
     seconds, peak = time.perf_counter() - start, mx.get_peak_memory()
     side.cache.trim(x.shape[1])
     return out, seconds, peak - active

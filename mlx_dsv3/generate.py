@@ -138,7 +138,7 @@ def prefill(loaded: Loaded, state: State, ids: list[int]) -> int:
         state.commit(chunk, g)
         if state.mtp_cache is not None:
             catch_up(loaded.mtp, state)
-            mx.eval(state.mtp_cache.keys, state.pending)
+            mx.eval(state.mtp_cache.state, state.pending)
         mx.clear_cache()
     return reused
 

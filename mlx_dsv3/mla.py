@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.mla import MultiLinear
 
+from mlx_dsv3.cache import LatentCache
 from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.linear import Joined, Linear
 from mlx_dsv3.rope import Rope, softmax_scale
@@ -109,11 +110,6 @@ def attend_expanded(q_nope, q_pe, rows, embed_q, unembed_out, scale):
     return mx.concatenate(groups, axis=1)
 
 
-def append(rows: mx.array, cache) -> mx.array:
-    """Append rows (B, L, C + R) to a `KVCache` as keys with empty values; return all of them."""
-    return cache.update_and_fetch(rows[:, None], rows[:, None, :, :0])[0][:, 0]
-
-
 class MLA(nn.Module):
     """Latent attention; parameters bear mlx-lm's names (`kv_b_proj` split for absorption)."""
 
@@ -155,21 +151,23 @@ class MLA(nn.Module):
         row = mx.concatenate([self.kv_a_layernorm(latent), pe[:, -1]], axis=-1)
         return q_nope, pe[:, :-1], row
 
-    def extend(self, x: mx.array, cache) -> None:
+    def extend(self, x: mx.array, cache: LatentCache) -> None:
         """Append the rows of x (B, L, D) to the cache; attend from nowhere."""
-        append(self.project(x, cache.offset)[2], cache)
+        cache.append(self.project(x, cache.length)[2])
 
-    def __call__(self, x: mx.array, cache=None, last: int | None = None) -> mx.array:
-        """Attend from x (B, L, D) over `cache` (a `KVCache` or None) and x itself.
+    def __call__(
+        self, x: mx.array, cache: LatentCache | None = None, last: int | None = None
+    ) -> mx.array:
+        """Attend from x (B, L, D) over `cache` and x itself.
 
         With `last`, only the last so many rows attend, and only theirs are returned.
         """
         B, L = x.shape[0], last or x.shape[1]
-        q_nope, q_pe, rows = self.project(x, cache.offset if cache is not None else 0)
+        q_nope, q_pe, rows = self.project(x, cache.length if cache is not None else 0)
         if L < x.shape[1]:
             q_nope, q_pe = q_nope[:, :, -L:], q_pe[:, :, -L:]
         if cache is not None:
-            rows = append(rows, cache)
+            rows = cache.append(rows)
         attend = attend_absorbed if L <= ABSORBED_MAX_QUERIES else attend_expanded
         out = attend(q_nope, q_pe, rows, self.embed_q, self.unembed_out, self.scale)
         return self.o_proj(out.swapaxes(1, 2).reshape(B, L, -1))

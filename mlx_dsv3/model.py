@@ -6,8 +6,8 @@ states after the final norm, which the MTP module reads.
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import KVCache
 
+from mlx_dsv3.cache import LatentCache
 from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.linear import Linear
 from mlx_dsv3.mla import ABSORBED_MAX_QUERIES, MLA
@@ -65,6 +65,6 @@ class Model(nn.Module):
     def layers(self) -> list[DecoderLayer]:
         return self.model.layers
 
-    def make_cache(self) -> list[KVCache]:
-        """Return one empty latent cache for each layer (rows as keys, values of width 0)."""
-        return [KVCache() for _ in self.layers]
+    def make_cache(self) -> list[LatentCache]:
+        """Return one empty latent cache for each layer."""
+        return [LatentCache() for _ in self.layers]

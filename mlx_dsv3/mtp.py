@@ -7,8 +7,8 @@ acceptance and rollback are elsewhere.
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import KVCache
 
+from mlx_dsv3.cache import LatentCache
 from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.linear import Linear
 from mlx_dsv3.model import DecoderLayer, Model
@@ -71,6 +71,6 @@ class MTP(DecoderLayer):
         f = self.states(g, next_ids, cache)
         return self.shared.lm_head(f), f
 
-    def make_cache(self) -> KVCache:
+    def make_cache(self) -> LatentCache:
         """Return an empty latent cache over pairs."""
-        return KVCache()
+        return LatentCache()

@@ -191,7 +191,7 @@ class Decoder:
                 state.commit([value], g)
                 if state.num_waiting >= MAX_WAITING:
                     catch_up(self.mtp, state)
-                    mx.async_eval(state.mtp_cache.keys)
+                    mx.async_eval(state.mtp_cache.state)
             yield value
             if upcoming is None:
                 return

@@ -18,8 +18,8 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import KVCache
 
+from mlx_dsv3.cache import LatentCache
 from mlx_dsv3.errors import UserError
 
 FORMAT = "mlx_dsv3 conversation 1"
@@ -29,8 +29,8 @@ FORMAT = "mlx_dsv3 conversation 1"
 class State:
     """Caches and ids of one sequence. `mtp_cache` is None where drafts are never wanted."""
 
-    cache: list[KVCache]
-    mtp_cache: KVCache | None = None
+    cache: list[LatentCache]
+    mtp_cache: LatentCache | None = None
     ids: list[int] = field(default_factory=list)
     mtp_pairs: int = 0
     pending: list[mx.array] = field(default_factory=list)
@@ -69,9 +69,9 @@ class State:
         """Bring the caches back to what was committed, after a step that did not end."""
         if self.mtp_cache is not None:
             del self.ids[self.mtp_pairs + self.num_waiting :]
-            cut(self.mtp_cache, self.mtp_pairs)
+            self.mtp_cache.trim(self.mtp_cache.length - self.mtp_pairs)
         for layer in self.cache:
-            cut(layer, len(self.ids))
+            layer.trim(layer.length - len(self.ids))
 
     def rewind(self, length: int) -> None:
         """Keep the first `length` ids for a new continuation, or one fewer.
@@ -96,7 +96,7 @@ class State:
         """
         path = Path(path)
         layers = [*self.cache, *([] if self.mtp_cache is None else [self.mtp_cache])]
-        arrays = {f"layers.{i}": c.keys[:, 0, : c.offset] for i, c in enumerate(layers) if c.offset}
+        arrays = {f"layers.{i}": c.rows for i, c in enumerate(layers) if c.length}
         if self.pending:
             arrays["waiting"] = self.waiting()
         metadata = {
@@ -110,14 +110,6 @@ class State:
         partial = path.with_name(f".{path.stem}.partial.safetensors")
         mx.save_safetensors(str(partial), arrays, metadata)
         os.replace(partial, path)
-
-
-def cut(cache: KVCache, length: int) -> None:
-    """Cut a cache to its first rows; mend one that Ctrl-C left between its two arrays."""
-    assert cache.offset >= length, f"{cache.offset} rows are there, {length} were committed"
-    cache.trim(cache.offset - length)
-    if cache.keys is not None and cache.values.shape[2] != cache.keys.shape[2]:
-        cache.values = cache.keys[..., :0]
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -150,10 +142,10 @@ def load_state(path: str | Path, model_id: str) -> State:
             "load it with the model that it was saved with",
         )
     count, has_mtp = int(metadata["layers"]), metadata["has_mtp"] == "1"
-    layers = [KVCache() for _ in range(count + has_mtp)]
+    layers = [LatentCache() for _ in range(count + has_mtp)]
     for i, layer in enumerate(layers):
         if (rows := arrays.get(f"layers.{i}")) is not None:
-            layer.update_and_fetch(rows[:, None], rows[:, None, :, :0])
+            layer.append(rows)
     return State(
         cache=layers[:count],
         mtp_cache=layers[count] if has_mtp else None,

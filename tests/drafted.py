@@ -5,8 +5,10 @@ on (`eh_proj` = [I | noise]) and the main model's layers add little to it, so bo
 the last token and agree more or less often, as `damping` and `noise` say (spec 7.2.3).
 """
 
+import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -73,6 +75,20 @@ class Drafted:
         self.feed(state, prompt[:-1])
         return list(self.run(state, prompt[-1], count, drafts, sampler))
 
+    def growth(self, drafts: int | Gate, tokens: int) -> tuple[float, float]:
+        """Return what a decoded token adds to MLX's memory beside the caches, and to all memory.
+
+        In bytes; the first quarter of the tokens warms up and does not count.
+        """
+        state, seen = self.state(), []
+        self.feed(state, list(range(3, 40)))
+        for i, _ in enumerate(self.run(state, 7, tokens, drafts)):
+            if i in (tokens // 4, tokens - 1):
+                caches = sum(cache.nbytes for cache in [*state.cache, state.mtp_cache])
+                seen.append((i, mx.get_active_memory() - caches, resident_bytes()))
+        (first, *before), (last, *after) = seen
+        return tuple((b - a) / (last - first) for a, b in zip(before, after, strict=True))
+
     def assert_exact(self, state: State, bound: float = 1e-5) -> None:
         """Check that a state is what a fresh prefill of its ids gives, rows of both caches."""
         assert state.mtp_pairs + state.num_waiting == len(state.ids)
@@ -84,15 +100,21 @@ class Drafted:
             pairs = min(state.mtp_pairs, len(state.ids) - 1)
             self.mtp.states(g[:, :pairs], ids[:, 1 : pairs + 1], fresh.mtp_cache)
             assert_rows("MTP", state.mtp_cache, fresh.mtp_cache, pairs, bound)
-        assert state.mtp_cache.offset == state.mtp_pairs
+        assert state.mtp_cache.length == state.mtp_pairs
         if state.pending:
             assert mx.abs(state.waiting() - g[:, state.mtp_pairs :]).max().item() < bound
 
 
+def resident_bytes() -> int:
+    """Return the memory that this process holds now; 0 where the system does not say."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.is_file() else 0
+
+
 def assert_rows(name: str, cache, expected, length: int, bound: float) -> None:
     """Check the rows of a latent cache."""
-    assert cache.offset == expected.offset == length, name
-    actual, expected = (np.array(c.keys[0, 0, :length]) for c in (cache, expected))
+    assert cache.length == expected.length == length, name
+    actual, expected = (np.array(c.rows[0]) for c in (cache, expected))
     worst = np.abs(actual - expected).max(axis=-1)
     assert worst.max() < bound, f"{name}: row {worst.argmax()} of {length} is off by {worst.max()}"
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import tiny
 from chi_square import agrees, distribution
-from mlx_lm.models.cache import KVCache
 from test_sampler import SETTINGS
 
+from mlx_dsv3.cache import LatentCache
 from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.gate import Gate
 from mlx_dsv3.model import Model
@@ -61,7 +61,7 @@ def joint_counts(models, options: dict, drafts: int, seeds: int) -> tuple[np.nda
     options = dict(options)
     options["penalties"] = repetition_penalties(options.pop("penalty", None))
     for seed in range(seeds):
-        state = State([], KVCache())
+        state = State([], LatentCache())
         state.commit([FIRST], g)
         decoder = Decoder(model, table, state, Sampler(seed=seed, **options))
         first, second, *_ = decode(decoder, LAST, drafts + 1, Gate(fixed=drafts), set(), stats)

@@ -3,6 +3,7 @@
 import mlx.core as mx
 import pytest
 import tiny
+from drafted import Drafted
 from mlx_folder import write_mlx
 
 from mlx_dsv3.errors import UserError
@@ -44,9 +45,22 @@ def test_plan_is_what_loading_takes(folder, dtype):
     assert plan.expert_bytes == sum(bank.nbytes for bank in store.banks.values())
     cache = model.make_cache()
     model(mx.zeros((1, 256), mx.int32), cache)
-    rows = sum(layer.nbytes for layer in [*cache, mtp.make_cache()] if not layer.empty())
+    rows = sum(layer.nbytes for layer in cache)
     per_token = plan_memory(folder, dtype=dtype, context=256).cache_bytes
     assert rows * (LAYERS + 1) // LAYERS == per_token
+    store.close()
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_a_decoded_token_takes_its_rows_alone(folder, drafts):
+    """An array that nothing evaluates keeps a row and its graph alive for every token (H1).
+
+    mlx-lm's cache with values of width 0 took as much again as the rows, or twice with drafts.
+    """
+    plan = plan_memory(folder, dtype=mx.float32)
+    model, mtp, store, *_ = load_model(folder, dtype=mx.float32, plan=plan)
+    beside, _ = Drafted(model, mtp).growth(drafts, 160)
+    assert abs(beside) < 0.2 * plan.cache_bytes / plan.context
     store.close()
 
 

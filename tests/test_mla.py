@@ -6,10 +6,10 @@ import pytest
 import tiny
 import torch
 from compare import BF16_ATTENTION, FORMS, assert_close, same_bits
-from mlx_lm.models.cache import KVCache
 from mlx_lm.models.mla import MultiLinear
 
 from mlx_dsv3 import mla
+from mlx_dsv3.cache import LatentCache
 from mlx_dsv3.mla import attend_absorbed, attend_expanded, attend_rows, causal_mask, head_slice
 
 # B batch  L queries  S cached  H heads  N nope  R rope  V value  C latent
@@ -94,28 +94,26 @@ def test_verification_across_a_growth_step(random_pair, monkeypatch, cached):
     whole = layer(x)[:, cached:]
     for limit in (0, 10**6):  # expanded, absorbed
         monkeypatch.setattr(mla, "ABSORBED_MAX_QUERIES", limit)
-        cache = KVCache()
+        cache = LatentCache()
         if cached:
             layer(x[:, :cached], cache)
         out = layer(x[:, cached:], cache)
-        assert cache.offset == cached + 2
+        assert cache.length == cached + 2
         assert_close(f"limit {limit}, {cached} cached", out, whole, FORMS)
 
 
 def test_cache_holds_normed_latent_and_rotated_key_only(random_pair):
     """576 numbers a token: per-head keys, or a rope key that is rotated again at every use."""
     pair = random_pair(tiny.A)
-    layer, args, cache = pair.model.layers[1].self_attn, pair.args, KVCache()
+    layer, args, cache = pair.model.layers[1].self_attn, pair.args, LatentCache()
     x = mx.random.normal((1, 5, 64), key=mx.random.key(0))
     layer(x[:, :3], cache)
     layer(x[:, 3:], cache)
-    keys, values = cache.keys_and_values()
-    assert keys.shape == (1, 1, 5, args.kv_lora_rank + args.qk_rope_head_dim)
-    assert values.shape == (1, 1, 5, 0)
+    assert cache.rows.shape == (1, 5, args.kv_lora_rank + args.qk_rope_head_dim)
     expected = {}
     pair.reference.model.layers[1].self_attn(torch.from_numpy(np.array(x)), expected)
     joined = np.concatenate([expected["latent"].numpy(), expected["k_pe"].numpy()], axis=-1)
-    assert_close("cache rows", keys[:, 0], joined, FORMS)
+    assert_close("cache rows", cache.rows, joined, FORMS)
 
 
 def test_trimmed_rows_leave_no_trace(random_pair):
@@ -123,15 +121,15 @@ def test_trimmed_rows_leave_no_trace(random_pair):
     layer = random_pair(tiny.A).model.layers[1].self_attn
     x = mx.random.normal((1, 12, 64), key=mx.random.key(1))
     wrong = mx.random.normal((1, 3, 64), key=mx.random.key(2))
-    plain, rewound = KVCache(), KVCache()
+    plain, rewound = LatentCache(), LatentCache()
     layer(x[:, :8], plain)
     layer(x[:, :8], rewound)
     layer(wrong, rewound)
-    assert rewound.trim(3) == 3
+    rewound.trim(3)
     expected = [layer(x[:, 8:10], plain), layer(x[:, 10:], plain)]
     actual = [layer(x[:, 8:10], rewound), layer(x[:, 10:], rewound)]
     assert same_bits(mx.concatenate(actual, 1), mx.concatenate(expected, 1))
-    assert same_bits(plain.keys_and_values()[0], rewound.keys_and_values()[0])
+    assert same_bits(plain.rows, rewound.rows)
 
 
 @pytest.mark.parametrize("form", [attend_absorbed, attend_expanded])

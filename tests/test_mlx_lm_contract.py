@@ -9,31 +9,22 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-import pytest
 import tiny
 from compare import same_bits
 from mlx_folder import write_json, write_tokenizer
+from mlx_lm.generate import generate_step
 from mlx_lm.models.activations import swiglu
-from mlx_lm.models.cache import (
-    KVCache,
-    can_trim_prompt_cache,
-    load_prompt_cache,
-    make_prompt_cache,
-    save_prompt_cache,
-    trim_prompt_cache,
-)
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.mla import MultiLinear
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logits_processors
 from mlx_lm.utils import load_tokenizer
 
-from mlx_dsv3.config import ModelArgs
-from mlx_dsv3.model import Model
+from mlx_dsv3.cache import LatentCache
 
 ROOT = Path(__file__).parents[1]
 # Every name that the package imports from mlx-lm; each has a test below.
 CONTRACT = {
     "mlx_lm.models.activations.swiglu",
-    "mlx_lm.models.cache.KVCache",
     "mlx_lm.models.mla.MultiLinear",
     "mlx_lm.sample_utils.apply_min_p",
     "mlx_lm.sample_utils.apply_top_k",
@@ -63,67 +54,16 @@ def test_contract_lists_what_is_imported():
 # --- the cache ------------------------------------------------------------------------------
 
 
-def rows(start: int, length: int, width: int = 48) -> tuple[mx.array, mx.array]:
-    """Return latent rows numbered from `start`, and values of width zero, as MLA passes them."""
-    numbers = mx.arange(start, start + length, dtype=mx.float32)[None, None, :, None]
-    keys = mx.broadcast_to(numbers, (1, 1, length, width))
-    return keys, keys[..., :0]
-
-
-def contents(cache: KVCache) -> list[float]:
-    keys, values = cache.keys_and_values()
-    assert values.shape == (*keys.shape[:-1], 0)
-    return keys[0, 0, :, 0].tolist()
-
-
-@pytest.mark.parametrize("first", [1, 255, 256, 257])
-def test_cache_with_values_of_width_zero(first):
-    """The whole latent cache is in `keys`; growth by steps of 256 keeps every row in order."""
-    cache = KVCache()
-    assert cache.offset == 0 and KVCache.step == 256
-    for start, length in (0, first), (first, 2), (first + 2, 300):
-        keys, values = cache.update_and_fetch(*rows(start, length))
-        assert cache.offset == start + length
-        assert keys.shape == (1, 1, cache.offset, 48) and values.shape[-1] == 0
-        assert keys[0, 0, :, 0].tolist() == list(range(cache.offset))
-    assert contents(cache) == list(range(first + 302))
-
-
-def test_cache_trims_exactly():
-    """Rollback of rejected drafts, also across a growth step: later rows overwrite."""
-    cache = KVCache()
-    cache.update_and_fetch(*rows(0, 255))
-    cache.update_and_fetch(*rows(900, 4))
-    assert cache.is_trimmable() and cache.trim(4) == 4 and cache.offset == 255
-    cache.update_and_fetch(*rows(255, 2))
-    assert contents(cache) == list(range(257))
-    assert cache.trim(1000) == 257 and cache.offset == 0
-    caches = [KVCache(), KVCache()]
-    for each in caches:
-        each.update_and_fetch(*rows(0, 8))
-    assert can_trim_prompt_cache(caches) and trim_prompt_cache(caches, 3) == 3
-    assert [contents(each) for each in caches] == [[0, 1, 2, 3, 4]] * 2
-
-
-def test_cache_saves_and_loads(tmp_path):
-    """A saved prompt: width zero and the offset survive, and the loaded cache goes on growing."""
-    path = str(tmp_path / "cache.safetensors")
-    cache = KVCache()
-    cache.update_and_fetch(*rows(0, 300))
-    cache.trim(10)
-    save_prompt_cache(path, [cache], {"model": "x"})
-    loaded, metadata = load_prompt_cache(path, return_metadata=True)
-    assert metadata == {"model": "x"} and loaded[0].offset == 290
-    loaded[0].update_and_fetch(*rows(290, 5))
-    assert contents(loaded[0]) == list(range(295))
-
-
 def test_generators_of_mlx_lm_use_our_cache(random_pair):
-    """make_prompt_cache must ask the model, or mlx-lm would give it caches of another kind."""
+    """make_prompt_cache must ask the model; generate_step evaluates `state` and knows no rows."""
     model = random_pair(tiny.A).model
     cache = make_prompt_cache(model)
-    assert [type(each) for each in cache] == [KVCache] * 4
-    assert isinstance(model, Model) and isinstance(model.args, ModelArgs)
+    assert [type(each) for each in cache] == [LatentCache] * 4
+    prompt, ids = mx.array([5, 7, 11]), [5, 7, 11]
+    for token, _ in generate_step(prompt, model, max_tokens=4, prompt_cache=cache):
+        assert token == mx.argmax(model(mx.array([ids]))[0, -1]).item()
+        ids.append(token)
+    assert len(ids) == 7
 
 
 # --- layers ---------------------------------------------------------------------------------

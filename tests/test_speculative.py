@@ -109,12 +109,12 @@ def test_caches_equal_a_fresh_prefill_after_every_step(often, drafts, sampler):
 
 
 def test_caches_across_a_growth_of_the_arrays(often):
-    """KVCache grows by 256 rows: rejected rows and chain entries at the edge must not survive."""
+    """a cache grows by 256 rows: rejected rows and chain entries at the edge must not survive."""
     state = often.state()
     often.feed(state, (PROMPT * 60)[:249])
     for _ in often.run(state, 3, 16, 4):
         often.assert_exact(state)
-    assert state.cache[0].offset > 256
+    assert state.cache[0].length > 256
 
 
 @pytest.mark.parametrize("length", [1, 2])
@@ -199,7 +199,7 @@ def test_verification_at_2048_tokens_takes_20_mb():
     ours, _, x = bench_attention.make_sides(context=2048, queries=2)
     _, _, growing = bench_attention.run(ours, x)
     _, _, grown = bench_attention.run(ours, x)
-    assert ours.cache.keys.shape[2] == 2304 and grown <= growing <= 20_000_000
+    assert ours.cache.state[0].shape[1] == 2304 and grown <= growing <= 20_000_000
 
 
 def test_every_host_synchronisation_is_counted(often, monkeypatch):

@@ -3,20 +3,19 @@
 from pathlib import Path
 
 import mlx.core as mx
-import mlx_lm.models.cache
 import pytest
 from drafted import Drafted, make_drafted
 from interrupt import Interrupt
-from mlx_lm.models.cache import KVCache
 
 import mlx_dsv3
+from mlx_dsv3.cache import LatentCache
 from mlx_dsv3.conversation import common_prefix_length
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.state import State, fingerprint, load_state
 
 PROMPT = [3, 4, 5, 150, 7]
 OTHER = [91, 92, 93, 94]
-TRACED = (str(Path(mlx_dsv3.__file__).parent), mlx_lm.models.cache.__file__)
+TRACED = (str(Path(mlx_dsv3.__file__).parent),)
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +33,9 @@ def started(model: Drafted, drafts: int = 2, count: int = 8) -> State:
 
 
 def copied(state: State) -> State:
-    def copy(cache: KVCache) -> KVCache:
-        other = KVCache()
-        other.keys, other.values = mx.array(cache.keys), mx.array(cache.values)
-        other.offset = cache.offset
+    def copy(cache: LatentCache) -> LatentCache:
+        other = LatentCache()
+        other.append(mx.array(cache.rows))
         return other
 
     layers = [copy(cache) for cache in state.cache]
@@ -197,7 +195,7 @@ def test_states_without_drafts_and_empty_ones_are_saved(model, tmp_path):
         saved.save(path, "x")
         loaded = load_state(path, "x")
         assert loaded.ids == saved.ids and not loaded.pending
-        assert [c.offset for c in loaded.cache] == [c.offset for c in saved.cache]
+        assert [c.length for c in loaded.cache] == [c.length for c in saved.cache]
         assert (loaded.mtp_cache is None) == (saved.mtp_cache is None)
 
 

@@ -37,6 +37,20 @@ def exact(loaded) -> Drafted:
     return Drafted(loaded.model, loaded.mtp)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("drafts", [0, 2, "auto"])
+@pytest.mark.parametrize("experts", ["resident", "streamed"])
+def test_memory_over_4000_tokens(loaded, streamed, experts, drafts):
+    """A reply grows by the rows that were planned, also as the system counts it (H1)."""
+    side = loaded if experts == "resident" else streamed
+    model = Drafted(side.model, side.mtp)
+    beside, resident = model.growth(Gate() if drafts == "auto" else drafts, 4000)
+    planned = side.plan.cache_bytes / side.plan.context
+    print(f"drafts {drafts}, {experts}: planned {planned:.0f} bytes per token, beside the caches ")
+    print(f"{beside:.0f}, resident set {resident:.0f}")
+    assert abs(beside) < 0.1 * planned and resident < 1.7 * planned
+
+
 def check_margins(found: list[dict], blas: str) -> None:
     """Show every difference; with a fast BLAS, a Mac's own included, near-ties are no failures."""
     for entry in found:

@@ -57,7 +57,7 @@ def test_an_abandoned_reply_leaves_an_exact_state(loaded, ask, taken):
     pieces = stream(loaded, ids, state=state)
     reply = [next(pieces).token for _ in range(taken)]
     pieces.close()
-    assert all(layer.offset == len(state.ids) for layer in state.cache)
+    assert all(layer.length == len(state.ids) for layer in state.cache)
     assert state.ids == (ids + reply)[: len(state.ids)] and len(state.ids) >= len(ids)
     other = ask("How many legs does a spider have?")
     assert tokens_of(loaded, other, state=state) == tokens_of(loaded, other)

@@ -58,7 +58,7 @@ def mlx_logits(model: Model, ids: torch.Tensor, chunks: tuple[int, ...] = ()) ->
     for length in chunks:
         outs.append(model(x[:, start : start + length], cache))
         start += length
-    assert start == ids.shape[1] == cache[0].offset
+    assert start == ids.shape[1] == cache[0].length
     return mx.concatenate(outs, axis=1)
 
 
@@ -77,5 +77,5 @@ def mlx_drafts(mtp: MTP, g: mx.array, next_ids: mx.array, chunks: tuple[int, ...
         logits.append(more)
         states.append(f)
         start += length
-    assert start == g.shape[1] == cache.offset
+    assert start == g.shape[1] == cache.length
     return mx.concatenate(logits, axis=1), mx.concatenate(states, axis=1)

@@ -4,8 +4,8 @@ import mlx.core as mx
 import pytest
 import tiny
 from compare import LAYER, assert_close
-from mlx_lm.models.cache import KVCache
 
+from mlx_dsv3.cache import LatentCache
 from parity.pairs import BIAS_MEANS, CONFIGS, random_states
 
 
@@ -13,7 +13,7 @@ from parity.pairs import BIAS_MEANS, CONFIGS, random_states
 def test_attention_layer(random_pair, name):
     """Attention alone, through the cache in chunks of 10, 1, 2, 3 and 7."""
     pair, x = random_pair(tiny.CONFIGS[name]), random_states(tiny.CONFIGS[name])
-    layer, cache, start = pair.model.layers[1].self_attn, KVCache(), 0
+    layer, cache, start = pair.model.layers[1].self_attn, LatentCache(), 0
     expected = pair.reference.model.layers[1].self_attn(x)
     for length in (10, 1, 2, 3, 7):
         chunk = slice(start, start + length)
