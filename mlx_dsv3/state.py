@@ -16,11 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten
+from safetensors import SafetensorError, safe_open
 
 from mlx_dsv3.cache import LatentCache
+from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.errors import UserError
+from mlx_dsv3.model import Model
 
 FORMAT = "mlx_dsv3 conversation 1"
 
@@ -89,10 +91,10 @@ class State:
             del self.ids[length:]
         self.align()
 
-    def save(self, path: str | Path, model_id: str) -> None:
+    def save(self, path: str | Path, model: Model) -> None:
         """Write caches, waiting states and ids to a safetensors file, whole or not at all.
 
-        `model_id` (see `fingerprint`) says what computed them: `load_state` refuses another's.
+        `model` is what computed them; `load_state` refuses them for another one.
         """
         path = Path(path)
         layers = [*self.cache, *([] if self.mtp_cache is None else [self.mtp_cache])]
@@ -101,8 +103,7 @@ class State:
             arrays["waiting"] = self.waiting()
         metadata = {
             "format": FORMAT,
-            "model": model_id,
-            "layers": str(len(self.cache)),
+            "model": fingerprint(model),
             "has_mtp": str(int(self.mtp_cache is not None)),
             "mtp_pairs": str(self.mtp_pairs),
             "ids": " ".join(map(str, self.ids)),
@@ -112,7 +113,7 @@ class State:
         os.replace(partial, path)
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: Model) -> str:
     """Return a digest of a model's parameters, which tells models and quantisations apart.
 
     Of every parameter it takes name, shape, dtype and the first values; of the experts, which
@@ -128,28 +129,55 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def load_state(path: str | Path, model_id: str) -> State:
+def load_state(path: str | Path, model: Model) -> State:
     """Read what `State.save` wrote; raise `UserError` for anything else and another model's."""
     try:
-        arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
-    except (OSError, ValueError, RuntimeError) as error:
+        # MLX takes what a header says for lengths, and reads beyond the file; this parser does not.
+        with safe_open(path, "np"):
+            arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"`{path}` cannot be read: {error}") from None
     if metadata.get("format") != FORMAT:
         raise UserError(f"`{path}` holds no saved conversation")
-    if metadata["model"] != model_id:
+    if metadata.get("model") != fingerprint(model):
         raise UserError(
             f"`{path}` was saved with another model or another quantisation of it",
             "load it with the model that it was saved with",
         )
-    count, has_mtp = int(metadata["layers"]), metadata["has_mtp"] == "1"
-    layers = [LatentCache() for _ in range(count + has_mtp)]
+    try:
+        return restore(arrays, metadata, model.args)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"`{path}` is damaged: {error}", "start a new conversation") from None
+
+
+def restore(arrays: dict[str, mx.array], metadata: dict[str, str], args: ModelArgs) -> State:
+    """Build a state from what a file holds; raise `KeyError` or `ValueError` where it is not one.
+
+    Ids reach the embedding, and MLX checks no index: so everything is checked here.
+    """
+    ids, pairs = [int(word) for word in metadata["ids"].split()], int(metadata["mtp_pairs"])
+    has_mtp = metadata["has_mtp"] == "1"
+    if strange := [i for i in ids if not 0 <= i < args.vocab_size]:
+        raise ValueError(f"id {strange[0]} is not in the vocabulary of {args.vocab_size}")
+    if not 0 <= pairs <= (len(ids) if has_mtp else 0):
+        raise ValueError(f"{pairs} pairs of {len(ids)} ids")
+    lengths = [len(ids)] * args.num_hidden_layers + [pairs] * has_mtp
+    width, waiting = args.kv_lora_rank + args.qk_rope_head_dim, len(ids) - pairs
+    shapes = {f"layers.{i}": (1, length, width) for i, length in enumerate(lengths) if length}
+    if has_mtp and waiting:
+        shapes["waiting"] = (1, waiting, args.hidden_size)
+    for name in sorted(shapes.keys() | arrays.keys()):
+        found = arrays[name].shape if name in arrays else None
+        if found != shapes.get(name) or not mx.issubdtype(arrays[name].dtype, mx.floating):
+            raise ValueError(f"`{name}` has shape {found}, not {shapes.get(name)} of numbers")
+    layers = [LatentCache() for _ in lengths]
     for i, layer in enumerate(layers):
-        if (rows := arrays.get(f"layers.{i}")) is not None:
-            layer.append(rows)
+        if lengths[i]:
+            layer.append(arrays[f"layers.{i}"])
     return State(
-        cache=layers[:count],
-        mtp_cache=layers[count] if has_mtp else None,
-        ids=[int(word) for word in metadata["ids"].split()],
-        mtp_pairs=int(metadata["mtp_pairs"]),
+        cache=layers[: args.num_hidden_layers],
+        mtp_cache=layers[-1] if has_mtp else None,
+        ids=ids,
+        mtp_pairs=pairs,
         pending=[arrays["waiting"]] if "waiting" in arrays else [],
     )

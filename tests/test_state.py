@@ -11,7 +11,7 @@ import mlx_dsv3
 from mlx_dsv3.cache import LatentCache
 from mlx_dsv3.conversation import common_prefix_length
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.state import State, fingerprint, load_state
+from mlx_dsv3.state import State, load_state
 
 PROMPT = [3, 4, 5, 150, 7]
 OTHER = [91, 92, 93, 94]
@@ -175,11 +175,11 @@ def test_a_waiting_state_keeps_nothing_else_in_memory(model):
 @pytest.mark.parametrize("drafts", [0, 2])
 def test_a_saved_state_goes_on(model, drafts, tmp_path):
     """Caches, ids and waiting states come back; the reply after them is the same."""
-    path, model_id = tmp_path / "talk.safetensors", fingerprint(model.model)
+    path = tmp_path / "talk.safetensors"
     for count in range(1, 6):
         state = started(model, drafts, count)
-        state.save(path, model_id)
-        loaded = load_state(path, model_id)
+        state.save(path, model.model)
+        loaded = load_state(path, model.model)
         assert loaded.ids == state.ids and loaded.mtp_pairs == state.mtp_pairs
         model.assert_exact(loaded)
         ids = state.ids + OTHER
@@ -192,8 +192,8 @@ def test_states_without_drafts_and_empty_ones_are_saved(model, tmp_path):
     state = State(model.model.make_cache())
     state.commit(PROMPT, model.model.hidden(mx.array([PROMPT]), state.cache))
     for saved in (state, model.state()):
-        saved.save(path, "x")
-        loaded = load_state(path, "x")
+        saved.save(path, model.model)
+        loaded = load_state(path, model.model)
         assert loaded.ids == saved.ids and not loaded.pending
         assert [c.length for c in loaded.cache] == [c.length for c in saved.cache]
         assert (loaded.mtp_cache is None) == (saved.mtp_cache is None)
@@ -202,19 +202,58 @@ def test_states_without_drafts_and_empty_ones_are_saved(model, tmp_path):
 def test_a_state_of_another_model_is_refused(model, tmp_path):
     """Same shapes, other weights: nothing would crash, and the reply would be nonsense."""
     path = tmp_path / "talk.safetensors"
-    started(model).save(path, fingerprint(model.model))
+    started(model).save(path, model.model)
     other = make_drafted(tmp_path / "other", seed=2)
     with pytest.raises(UserError, match="another model"):
-        load_state(path, fingerprint(other.model))
+        load_state(path, other.model)
 
 
-def test_files_that_hold_no_state_are_refused(tmp_path):
+def test_files_that_hold_no_state_are_refused(model, tmp_path):
     path = tmp_path / "talk.safetensors"
     with pytest.raises(UserError, match="cannot be read"):
-        load_state(path, "x")
+        load_state(path, model.model)
     path.write_bytes(b"text")
     with pytest.raises(UserError, match="cannot be read"):
-        load_state(path, "x")
+        load_state(path, model.model)
     mx.save_safetensors(str(path), {"a": mx.zeros(1)})
     with pytest.raises(UserError, match="no saved conversation"):
-        load_state(path, "x")
+        load_state(path, model.model)
+
+
+DAMAGE = {
+    "an id beyond the vocabulary": {"ids": "5 160"},
+    "a negative id": {"ids": "-1 7"},
+    "ids that are none": {"ids": "5 x"},
+    "more ids than rows": {"ids": "5 7 9 11"},
+    "more pairs than ids": {"mtp_pairs": "9999"},
+    "negative pairs": {"mtp_pairs": "-3"},
+    "no module for the pairs": {"has_mtp": "0"},
+    "no number of pairs": {"mtp_pairs": None},
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_state_is_refused(model, tmp_path, what):
+    """Ids of a file reach the embedding, where MLX would read foreign memory (H4)."""
+    path = tmp_path / "talk.safetensors"
+    started(model).save(path, model.model)
+    arrays, metadata = mx.load(str(path), return_metadata=True)
+    metadata = {key: value for key, value in (metadata | DAMAGE[what]).items() if value is not None}
+    mx.save_safetensors(str(path), arrays, metadata)
+    with pytest.raises(UserError, match="is damaged: .*\n\nhint: start a new conversation"):
+        load_state(path, model.model)
+
+
+def test_rows_of_another_shape_are_refused(model, tmp_path):
+    path = tmp_path / "talk.safetensors"
+    started(model).save(path, model.model)
+    arrays, metadata = mx.load(str(path), return_metadata=True)
+    for name in arrays:
+        right = arrays[name]
+        for wrong in right[:, 1:], right[..., 1:], right.astype(mx.int32):
+            mx.save_safetensors(str(path), arrays | {name: wrong}, metadata)
+            with pytest.raises(UserError, match=f"`{name}` has shape"):
+                load_state(path, model.model)
+    mx.save_safetensors(str(path), arrays | {"layers.99": arrays["layers.0"]}, metadata)
+    with pytest.raises(UserError, match="`layers.99` has shape .* not None"):
+        load_state(path, model.model)

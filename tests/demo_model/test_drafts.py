@@ -142,11 +142,11 @@ def test_a_closed_stream_leaves_an_exact_state(loaded, ask, exact, drafts):
 
 def test_a_saved_conversation_goes_on(loaded, ask, tmp_path):
     """The next turn after loading reuses what was saved and gives the same reply."""
-    state, model_id = make_state(loaded), fingerprint(loaded.model)
+    state = make_state(loaded)
     answer = "".join(piece.text for piece in stream(loaded, ask(QUESTION), drafts=2, state=state))
-    state.save(tmp_path / "talk.safetensors", model_id)
+    state.save(tmp_path / "talk.safetensors", loaded.model)
     second = ask(QUESTION, answer, FOLLOW_UP)
-    again = load_state(tmp_path / "talk.safetensors", model_id)
+    again = load_state(tmp_path / "talk.safetensors", loaded.model)
     pieces = list(stream(loaded, second, drafts=2, state=again))
     assert pieces[-1].stats.reused_tokens > len(ask(QUESTION))
     assert [piece.token for piece in pieces] == reply(loaded, second, state, drafts=2)
@@ -156,11 +156,11 @@ def test_a_saved_conversation_without_the_module(loaded, ask, demo_q4, tmp_path)
     """Its MTP cache is dropped where there is no module; where there is one, drafts need it."""
     state, path = make_state(loaded), tmp_path / "talk.safetensors"
     answer = "".join(piece.text for piece in stream(loaded, ask(QUESTION), drafts=2, state=state))
-    state.save(path, fingerprint(loaded.model))
+    state.save(path, loaded.model)
     second = ask(QUESTION, answer, FOLLOW_UP)
     expected = reply(loaded, second, make_state(loaded), drafts=0)
     plain = identical.load(demo_q4, with_mtp=False)
-    without = load_state(path, fingerprint(plain.model))
+    without = load_state(path, plain.model)
     assert reply(plain, second, without) == expected and without.mtp_cache is None
     with pytest.raises(UserError, match="needs an MTP cache"):
         reply(loaded, second, without, drafts=2)
