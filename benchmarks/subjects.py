@@ -15,7 +15,6 @@ from synthetic import BASE, write_folder
 from convert.__main__ import main as convert
 from mlx_dsv3.conversation import Conversation
 from mlx_dsv3.expert_store import ExpertStore
-from mlx_dsv3.generate import vocabulary_mask
 from mlx_dsv3.load import load, load_model, plan_memory
 from mlx_dsv3.memory import MemoryPlan
 from mlx_dsv3.model import Model
@@ -70,7 +69,7 @@ def demo(work: Path, recipe: str, num_prompts: int, slots: int | None = None) ->
         conversation = Conversation(loaded.tokenizer)
         conversation.add_user(text)
         prompts.append(conversation.prompt_ids())
-    mask = vocabulary_mask(loaded)
+    mask = loaded.vocabulary_mask
     return Subject(name, loaded.model, loaded.mtp, loaded.store, prompts, loaded.plan, mask)
 
 

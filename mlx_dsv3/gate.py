@@ -53,6 +53,7 @@ class Gate:
         self.usual: dict[tuple[int, int], float] = {}  # their medians, once there are ENOUGH
         self.tried = [0.0] * MAX_DRAFTS  # outcomes at each position, later ones weighing more
         self.accepted = [0.0] * MAX_DRAFTS
+        self.taken: set[int] = set()  # numbers of drafts of the steps so far
         self.credit, self.has_paid = START_CREDIT, False
         self.was_drafting, self.first_plain_s, self.last_plain_s = False, 0.0, 0.0
         self.current = 1
@@ -169,12 +170,18 @@ class Gate:
                 self.tried[position] = 1.0
 
     def record(self, context: int, drafts: int, seconds: float, accepted: int = 0) -> None:
-        """Record what a step took and how many of its drafts were accepted."""
+        """Record what a step took and how many of its drafts were accepted.
+
+        The time of the first step with so many drafts holds the compilation of its kernels: it
+        charges nothing, and weighs as one of the ENOUGH measurements whose lower one counts.
+        """
         self.steps += 1
         self.since_trial = 0 if self.trial_left else self.since_trial + 1
         self.trial_left -= self.trial_left > 0 and drafts == self.trial
         self.since_plain = self.since_plain + 1 if drafts else 0
-        self.charge(context, drafts, seconds, accepted)
+        if self.is_warm(drafts):
+            self.charge(context, drafts, seconds, accepted)
+        self.taken.add(drafts)
         if self.more_steps and not self.trial_left and 0 < drafts == accepted:
             if self.risk(self.forecast(context), drafts) <= self.credit:
                 self.trial_left, self.more_steps = 1, self.more_steps - 1
@@ -186,6 +193,10 @@ class Gate:
         times.append(seconds)
         if len(times) >= ENOUGH:
             self.usual[key] = median_low(times)
+
+    def is_warm(self, drafts: int) -> bool:
+        """Say whether a step with so many drafts was taken before, so that its kernels are there."""
+        return drafts in self.taken
 
     def charge(self, context: int, drafts: int, seconds: float, accepted: int) -> None:
         """Book a step: drafts pay what they took beyond plain steps; time earns LOSS_SHARE.

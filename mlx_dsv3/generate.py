@@ -119,14 +119,6 @@ def check_ids(loaded: Loaded, ids: list[int]) -> None:
         )
 
 
-def vocabulary_mask(loaded: Loaded) -> mx.array | None:
-    """Return -inf for the padding ids that the tokenizer lacks, 0 elsewhere; None without any."""
-    known = set(loaded.tokenizer.get_vocab().values())
-    if len(known) >= loaded.args.vocab_size:
-        return None
-    return mx.array([0.0 if i in known else -float("inf") for i in range(loaded.args.vocab_size)])
-
-
 def prefill(loaded: Loaded, state: State, ids: list[int]) -> int:
     """Feed all but the last of `ids`, keeping what the state shares with them; return how many."""
     state.rewind(min(common_prefix_length(state.ids, ids), len(ids) - 1))
@@ -174,9 +166,8 @@ def stream(
     start = time.perf_counter()
     try:
         stats.reused_tokens = prefill(loaded, state, ids)
-        decoder = Decoder(
-            loaded.model, loaded.mtp, state, sampler or Sampler(), vocabulary_mask(loaded)
-        )
+        mask = loaded.vocabulary_mask
+        decoder = Decoder(loaded.model, loaded.mtp, state, sampler or Sampler(), mask)
         begun = time.perf_counter()
         stats.prompt_s = begun - start
         for token in decode(decoder, ids[-1], limit, gate, ends, stats.drafts):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_tokenizer
 
@@ -30,7 +31,11 @@ SAFETENSORS_DTYPES = {mx.uint8: "U8"}
 
 @dataclass
 class Loaded:
-    """A model ready to run. `mtp` is None where the folder has no `mtp.safetensors`."""
+    """A model ready to run. `mtp` is None where the folder has no `mtp.safetensors`.
+
+    `vocabulary_mask` (vocabulary,) is -inf for the padding ids that the tokenizer lacks and 0
+    elsewhere; None where it lacks none.
+    """
 
     model: Model
     tokenizer: object
@@ -39,6 +44,7 @@ class Loaded:
     plan: MemoryPlan
     args: ModelArgs
     config: dict
+    vocabulary_mask: mx.array | None
 
 
 def default_dtype() -> mx.Dtype:
@@ -236,6 +242,13 @@ def load_checked_tokenizer(folder: Path, args: ModelArgs, config: dict, trust_re
     return tokenizer
 
 
+def vocabulary_mask(tokenizer, vocab_size: int) -> mx.array | None:
+    """Return what is added to logits (vocabulary,) so that padding ids are never chosen."""
+    mask = np.full(vocab_size, -np.inf, np.float32)
+    mask[list(tokenizer.get_vocab().values())] = 0  # 0.12 s at V3's size: once for each load
+    return mx.array(mask) if mask.any() else None
+
+
 def load(
     folder: str | Path | Folder,
     *,
@@ -268,4 +281,5 @@ def load(
     args, config = opened.args, opened.config
     tokenizer = load_checked_tokenizer(opened.path, args, config, trust_remote_code)
     model, mtp, store, *_ = load_model(opened, dtype=dtype, plan=plan)
-    return Loaded(model, tokenizer, mtp, store, plan, args, config)
+    mask = vocabulary_mask(tokenizer, args.vocab_size)
+    return Loaded(model, tokenizer, mtp, store, plan, args, config, mask)

@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -30,6 +31,7 @@ PREFILL_CHUNKS = (8192, 4096, 2048, 1024, 512)  # tokens
 RESIDENT_CHUNK = 2048  # at most: only streamed experts are read again for every chunk
 CHUNK_SHARE = 0.05  # of the memory for experts, that a larger chunk may take from them
 DEFAULT_CONTEXT = 32768
+LEAST_CONTEXT = 1024  # that is planned for where none was asked for
 MODES = ("auto", "resident", "streamed")
 
 
@@ -138,6 +140,35 @@ def choose_chunk(args: ModelArgs, dtype: mx.Dtype, context: int, most: int, spar
     return min(PREFILL_CHUNKS[-1], context)
 
 
+class Sizes(NamedTuple):
+    """Bytes of the parts of a model in memory; `slots` by layer, the MTP layer last."""
+
+    trunk: int
+    mtp: int
+    row: int  # of one token in all latent caches
+    slots: dict[int, int]
+
+
+def sizes_of(tensors: dict[str, TensorInfo], args: ModelArgs, dtype: mx.Dtype) -> Sizes:
+    """Return what the parts of a model take, from headers."""
+    mtp_prefix = f"model.layers.{args.num_hidden_layers}."
+    num_layers = args.num_hidden_layers + any(name.startswith(mtp_prefix) for name in tensors)
+    trunk = {name: info for name, info in tensors.items() if not EXPERT_KEY.fullmatch(name)}
+    held = {name: held_bytes(info, dtype, name) for name, info in trunk.items()}
+    mtp_bytes = sum(nbytes for name, nbytes in held.items() if name.startswith(mtp_prefix))
+    width = args.kv_lora_rank + args.qk_rope_head_dim
+    return Sizes(
+        trunk=sum(held.values()) - mtp_bytes,
+        mtp=mtp_bytes,
+        row=width * dtype.size * num_layers,
+        slots={
+            i: slot_bytes(i, tensors, args, dtype)
+            for i in range(num_layers)
+            if args.is_moe_layer(i)
+        },
+    )
+
+
 def make_plan(
     tensors: dict[str, TensorInfo],
     args: ModelArgs,
@@ -151,6 +182,7 @@ def make_plan(
     """Plan a load from headers (`tensors`: main model and sidecar); raise `UserError` if it fails.
 
     `limit_bytes` is what may be used in all; by default 0.92 of what the machine recommends.
+    Without a `context` (tokens) the default one is halved until the plan fits.
     """
     if experts not in MODES:
         raise UserError(f"`--experts` is `{experts}`", f"choose one of {', '.join(MODES)}")
@@ -160,29 +192,35 @@ def make_plan(
             "wants in memory, all of them",
             "leave one of the two out",
         )
-    context = min(DEFAULT_CONTEXT if context is None else context, args.max_position_embeddings)
     limit = int(available_bytes() * USABLE_SHARE) if limit_bytes is None else limit_bytes
-    mtp_prefix = f"model.layers.{args.num_hidden_layers}."
-    has_mtp = any(name.startswith(mtp_prefix) for name in tensors)
-    trunk = {name: info for name, info in tensors.items() if not EXPERT_KEY.fullmatch(name)}
-    held = {name: held_bytes(info, dtype, name) for name, info in trunk.items()}
-    mtp_bytes = sum(nbytes for name, nbytes in held.items() if name.startswith(mtp_prefix))
-    layers = [i for i in range(args.num_hidden_layers + has_mtp) if args.is_moe_layer(i)]
-    row_bytes = (args.kv_lora_rank + args.qk_rope_head_dim) * dtype.size
+    sizes = sizes_of(tensors, args, dtype)
+    length = min(context or DEFAULT_CONTEXT, args.max_position_embeddings)
+    plan = plan_at(length, sizes, args, dtype, experts, expert_memory_gb, limit)
+    while plan.total_bytes > limit and context is None and length >= 2 * LEAST_CONTEXT:
+        length //= 2
+        plan = plan_at(length, sizes, args, dtype, experts, expert_memory_gb, limit)
+    if plan.total_bytes > limit:
+        refuse(plan, args)
+    return plan
+
+
+def plan_at(
+    context: int,
+    sizes: Sizes,
+    args: ModelArgs,
+    dtype: mx.Dtype,
+    experts: str,
+    expert_memory_gb: float | None,
+    limit: int,
+) -> MemoryPlan:
+    """Return the plan for a context, which may be larger than the limit."""
     extra = OVERHEAD_BYTES
     if context > ABSORBED_MAX_QUERIES:
         extra += min(SCORE_BYTES, 12 * args.num_attention_heads * context**2)
     if mx.metal.is_available():
         extra += BUFFER_CACHE_BYTES
-    fixed = {
-        "trunk_bytes": sum(held.values()) - mtp_bytes,
-        "mtp_bytes": mtp_bytes,
-        "cache_bytes": row_bytes * context * (args.num_hidden_layers + has_mtp),
-        "transient_bytes": extra,
-    }
-    sizes = {layer: slot_bytes(layer, tensors, args, dtype) for layer in layers}
-    room = limit - sum(fixed.values())
-    everything = sum(sizes.values()) * args.n_routed_experts
+    room = limit - sizes.trunk - sizes.mtp - sizes.row * context - extra
+    everything = sum(sizes.slots.values()) * args.n_routed_experts
     least = transient_bytes(args, dtype, min(RESIDENT_CHUNK, context))
     budget = room - least if expert_memory_gb is None else int(expert_memory_gb * GB)
     is_resident = experts == "resident" or (experts == "auto" and everything <= budget)
@@ -192,24 +230,23 @@ def make_plan(
         spare = room - budget if expert_memory_gb is not None else room
         spare = min(spare, int(room * CHUNK_SHARE))
         chunk = choose_chunk(args, dtype, context, PREFILL_CHUNKS[0], spare)
-    fixed["transient_bytes"] += transient_bytes(args, dtype, chunk)
-    if is_resident or not sizes:
-        slots = dict.fromkeys(sizes, args.n_routed_experts)
+    transients = transient_bytes(args, dtype, chunk)
+    if is_resident or not sizes.slots:
+        slots = dict.fromkeys(sizes.slots, args.n_routed_experts)
     else:
-        room = limit - sum(fixed.values())
-        slots = choose_slots(args, sizes, room, expert_memory_gb)
-    plan = MemoryPlan(
-        **fixed,
+        slots = choose_slots(args, sizes.slots, room - transients, expert_memory_gb)
+    return MemoryPlan(
+        trunk_bytes=sizes.trunk,
+        mtp_bytes=sizes.mtp,
+        cache_bytes=sizes.row * context,
+        transient_bytes=extra + transients,
         context=context,
         prefill_chunk=chunk,
         num_experts=args.n_routed_experts,
         slots=slots,
-        slot_bytes=sizes,
+        slot_bytes=sizes.slots,
         limit_bytes=limit,
     )
-    if plan.total_bytes > limit:
-        refuse(plan, args, expert_memory_gb is not None)
-    return plan
 
 
 def choose_slots(
@@ -277,7 +314,7 @@ def round_down(nbytes: int) -> str:
     return digits if float(digits) <= value else f"{value * 0.99:.3g}"
 
 
-def refuse(plan: MemoryPlan, args: ModelArgs, budget_was_given: bool) -> None:
+def refuse(plan: MemoryPlan, args: ModelArgs) -> None:
     """Say what is short and which flags fit."""
     kind = "resident" if plan.is_resident else "with these expert slots"
     least = sum(plan.slot_bytes.values()) * args.num_experts_per_tok
@@ -293,8 +330,9 @@ def refuse(plan: MemoryPlan, args: ModelArgs, budget_was_given: bool) -> None:
         )
     else:
         hint = (
-            f"the least is {gigabytes(plan.fixed_bytes + least)}: a smaller `--context` than "
-            f"{plan.context:,} or a recipe with fewer bits needs less"
+            f"the least is {gigabytes(plan.fixed_bytes + least)} for a context of "
+            f"{plan.context:,} tokens; a recipe with fewer bits needs less"
+            + (", and so does a smaller `--context`" if plan.context > LEAST_CONTEXT else "")
         )
     if mx.metal.is_available():
         wanted = ceil(plan.total_bytes / USABLE_SHARE / 2**20)

@@ -31,6 +31,7 @@ from mlx_dsv3.mtp import MTP
 from mlx_dsv3.sampler import Sampler
 from mlx_dsv3.state import State
 
+LEAST_TOKENS = 64  # of a reply that say how fast drafting was
 MAX_WAITING = 256  # states that wait for the MTP cache through plain steps: 7 MB of V3's
 
 
@@ -39,8 +40,9 @@ class DraftStats:
     """What the gate chose and what came of it, in one reply.
 
     `steps` counts main forwards by the number of drafts made; `lengths` those with drafts by the
-    number accepted; `unseen` counts the tokens that steps chose beyond the end of the reply;
-    `plain_step_s` is the gate's own measurement, None until it has one.
+    number accepted; `unseen` counts the tokens that steps chose beyond the end of the reply. The
+    `warm` ones leave out the first step of each kind, which compiles kernels. `plain_step_s` is the
+    gate's own measurement, None until it has one.
     """
 
     steps: list[int] = field(default_factory=lambda: [0] * (MAX_DRAFTS + 1))
@@ -49,12 +51,17 @@ class DraftStats:
     lengths: list[int] = field(default_factory=lambda: [0] * (MAX_DRAFTS + 1))
     unseen: int = 0
     seconds: float = 0.0
+    warm_tokens: int = 0
+    warm_s: float = 0.0
     plain_step_s: float | None = None
 
-    def record(self, drafts: int, accepted: int, seconds: float) -> None:
+    def record(self, drafts: int, accepted: int, seconds: float, is_warm: bool) -> None:
         self.steps[drafts] += 1
         self.lengths[accepted] += drafts > 0
         self.seconds += seconds
+        if is_warm:
+            self.warm_tokens += accepted + 1
+            self.warm_s += seconds
         for i in range(drafts):
             self.drafted[i] += 1
             self.accepted[i] += i < accepted
@@ -84,10 +91,14 @@ class DraftStats:
 
     @property
     def speed_up(self) -> float | None:
-        """Return what plain steps would have taken over what the reply took, if that is known."""
-        if self.plain_step_s is None or not self.draft_steps:
+        """Return what plain steps would have taken over what the warm steps took.
+
+        None where that is not known, or from fewer tokens than say anything about it.
+        """
+        tokens = self.warm_tokens - self.unseen
+        if self.plain_step_s is None or not self.draft_steps or tokens < LEAST_TOKENS:
             return None
-        return self.plain_step_s * self.tokens / max(self.seconds, 1e-9)
+        return self.plain_step_s * tokens / max(self.warm_s, 1e-9)
 
 
 def catch_up(mtp: MTP, state: State) -> None:
@@ -212,7 +223,7 @@ def decode(
 
     def record(drafts: int, accepted: int) -> None:
         seconds = time.perf_counter() - start
-        stats.record(drafts, accepted, seconds)
+        stats.record(drafts, accepted, seconds, gate.is_warm(drafts))
         gate.record(len(state.ids), drafts, seconds, accepted)
         stats.plain_step_s = gate.step_s(len(state.ids), 0)
 

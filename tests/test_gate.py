@@ -240,6 +240,19 @@ def test_replies_of_one_token_teach_nothing_and_break_nothing():
     assert world.run(gate, 300).speed_up > 1.2
 
 
+def test_compile_time_is_no_evidence():
+    """The first step of each kind compiles its kernels: it must neither charge nor set the time."""
+    gate = Gate()
+    for k, accepted in (1, 0), (0, 0), (1, 0), (0, 0), (0, 0):
+        gate.record(100, k, PLAIN_S * 1.2 if gate.is_warm(k) else 100 * PLAIN_S, accepted)
+    assert gate.step_s(100, 0) == gate.step_s(100, 1) == PLAIN_S * 1.2
+    before = gate.credit
+    gate.record(100, 2, 100 * PLAIN_S, 0)
+    assert gate.credit == before and gate.is_warm(2) and not gate.is_warm(3)
+    gate.record(100, 2, 3 * PLAIN_S, 0)
+    assert gate.credit < before
+
+
 def test_plain_time_is_known_for_the_statistics():
     gate = Gate()
     constant(1.3, 0.85, spikes=0).run(gate, 300)

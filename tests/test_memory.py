@@ -11,6 +11,8 @@ from mlx_dsv3.folder import open_folder
 from mlx_dsv3.load import load_model, plan_memory
 from mlx_dsv3.memory import (
     BUFFER_CACHE_BYTES,
+    DEFAULT_CONTEXT,
+    LEAST_CONTEXT,
     MOST_WIRED_SHARE,
     PREFILL_CHUNKS,
     RESIDENT_CHUNK,
@@ -155,7 +157,27 @@ def test_below_the_minimum_names_the_minimum(folder):
 def test_nothing_fits(folder):
     with pytest.raises(UserError, match="this machine allows") as error:
         plan_memory(folder, dtype=mx.float32, limit_bytes=1000)
-    assert "--context" in error.value.hint
+    assert f"a context of {LEAST_CONTEXT:,} tokens; a recipe with fewer bits" in error.value.hint
+    with pytest.raises(UserError, match="so does a smaller `--context`"):
+        plan_memory(folder, dtype=mx.float32, limit_bytes=1000, context=5000)
+
+
+def test_the_default_context_shrinks_until_it_fits(folder):
+    """A model that fits was refused for the sake of 32,768 tokens that nobody had asked for."""
+    whole = plan_memory(folder, dtype=mx.float32)
+    assert whole.context == DEFAULT_CONTEXT
+    for length in (16384, 4096, LEAST_CONTEXT):
+        limit = plan_memory(folder, dtype=mx.float32, context=length).total_bytes
+        plan = plan_memory(folder, dtype=mx.float32, experts="resident", limit_bytes=limit)
+        assert length <= plan.context < DEFAULT_CONTEXT and plan.total_bytes <= limit
+        with pytest.raises(UserError, match="this machine allows"):
+            plan_memory(
+                folder,
+                dtype=mx.float32,
+                experts="resident",
+                limit_bytes=limit,
+                context=DEFAULT_CONTEXT,
+            )
 
 
 def test_context_is_bounded_by_the_model(folder):

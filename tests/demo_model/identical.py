@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from mlx_dsv3.conversation import Conversation
 from mlx_dsv3.gate import MAX_DRAFTS, Gate
-from mlx_dsv3.generate import make_state, prefill, vocabulary_mask
+from mlx_dsv3.generate import make_state, prefill
 from mlx_dsv3.load import Loaded, load, plan_memory
 from mlx_dsv3.sampler import Sampler
 from mlx_dsv3.speculative import Decoder, DraftStats, decode
@@ -57,13 +57,13 @@ def text_of(loaded: Loaded, ids: list[int], tokens: int, drafts: int | Gate, sam
     gate = drafts if isinstance(drafts, Gate) else Gate(fixed=drafts)
     state, stats = make_state(loaded, gate.fixed != 0), DraftStats()
     prefill(loaded, state, ids)
-    decoder = Decoder(loaded.model, loaded.mtp, state, sampler, vocabulary_mask(loaded))
+    decoder = Decoder(loaded.model, loaded.mtp, state, sampler, loaded.vocabulary_mask)
     return list(decode(decoder, ids[-1], tokens, gate, set(), stats)), stats
 
 
 def margin(loaded: Loaded, ids: list[int], sampler: Sampler) -> float:
     """Return by how much the best score for the next token is above the second."""
-    logits = loaded.model(mx.array([ids]))[0, -1:] + vocabulary_mask(loaded)
+    logits = loaded.model(mx.array([ids]))[0, -1:] + loaded.vocabulary_mask
     scores = mx.sort(sampler.scores(logits, len(ids), lambda: mx.array(ids))[0])
     return (scores[-1] - scores[-2]).item()
 

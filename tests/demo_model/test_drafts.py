@@ -15,6 +15,7 @@ from mlx_dsv3.gate import MAX_DRAFTS, Gate
 from mlx_dsv3.generate import make_gate, make_state, stream
 from mlx_dsv3.load import Loaded
 from mlx_dsv3.sampler import Sampler
+from mlx_dsv3.speculative import LEAST_TOKENS, DraftStats
 from mlx_dsv3.state import fingerprint, load_state
 
 from . import identical
@@ -187,6 +188,23 @@ def test_statistics_of_a_reply(loaded, ask):
     assert drafts.plain_step_s is not None and tokens > 40
     *_, last = stream(loaded, ask(QUESTION), drafts=0)
     assert last.stats.drafts.speed_up is None and last.stats.drafts.acceptance == []
+
+
+def test_no_ratio_from_a_short_reply(loaded, ask):
+    """The demo greeted with `0.03 x plain`: 13 tokens, most of their time spent in a compiler."""
+    gate = Gate()
+    for question in (QUESTION, "Hello! How are you? Tell me a long story about the sea, please."):
+        for _ in range(3):
+            *_, last = stream(loaded, ask(question), drafts=gate)
+            drafts = last.stats.drafts
+            is_long = drafts.warm_tokens - drafts.unseen >= LEAST_TOKENS
+            assert (drafts.speed_up is not None) == bool(is_long and drafts.draft_steps)
+            assert drafts.tokens - drafts.warm_tokens + drafts.unseen <= 2 * (MAX_DRAFTS + 1)
+    made = DraftStats(plain_step_s=1.0)
+    made.record(1, 1, 100.0, is_warm=False)  # compiling
+    for _ in range(LEAST_TOKENS // 2):
+        made.record(1, 1, 1.0, is_warm=True)
+    assert made.speed_up == 2.0
 
 
 @pytest.mark.parametrize("drafts", [0, 4])
