@@ -9,11 +9,13 @@ import json
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from mlx_dsv3.conversation import Conversation, clean
 from mlx_dsv3.errors import UserError, run_main
 from mlx_dsv3.gate import MAX_DRAFTS
 
@@ -230,8 +232,7 @@ class Chat:
     """One conversation with a loaded model."""
 
     def __init__(self, options: argparse.Namespace):
-        from mlx_dsv3.conversation import Conversation
-        from mlx_dsv3.generate import make_gate, make_state
+        from mlx_dsv3.generate import make_gate
         from mlx_dsv3.load import load
 
         folder = find_model(options)
@@ -249,10 +250,16 @@ class Chat:
         if options.trace is not None:
             self.loaded.store.trace_to(Path(options.trace))
         self.gate = make_gate(self.loaded, options.drafts)
-        self.state = make_state(self.loaded, with_drafts=self.gate.fixed != 0)
+        self.renew_state()
         self.conversation = Conversation(self.loaded.tokenizer, options.system)
         self.last_stats = None
         self.last_layers = {}  # layer -> its counters in the last reply
+
+    def renew_state(self) -> None:
+        """Begin with empty caches, which the next turn fills with what the conversation holds."""
+        from mlx_dsv3.generate import make_state
+
+        self.state = make_state(self.loaded, with_drafts=self.gate.fixed != 0)
 
     def turn(self, text: str) -> None:
         """Answer one message, streaming to stdout.
@@ -285,7 +292,7 @@ class Chat:
             self.remark("(stopped)")
         except BaseException as error:
             self.conversation.undo()
-            if reply and isinstance(error, UserError):
+            if reply and isinstance(error, Exception):
                 print(flush=True)  # the error begins its own line
             raise
         self.conversation.add_assistant(reply)
@@ -425,18 +432,33 @@ COMMANDS: dict[str, Callable[[Chat], None]] = {
 
 
 def answer_line(chat: Chat, line: str) -> None:
-    """Run a slash command or take a turn; an error in a turn is told and the chat goes on."""
+    """Run a slash command or take a turn; an error is told and the chat goes on."""
     word = line.split()[0]
-    if word.startswith("/"):
-        if word in COMMANDS:
+    try:
+        if not word.startswith("/"):
+            chat.turn(line)
+        elif word in COMMANDS:
             COMMANDS[word](chat)
         else:
             print(f"unknown command `{word}`; /help lists them", file=sys.stderr)
-        return
-    try:
-        chat.turn(line)
+    except Leave:
+        raise
     except UserError as error:
         print(error, file=sys.stderr)
+    except Exception as error:  # of any kind: loading the model took minutes
+        chat.renew_state()
+        print(told(error), file=sys.stderr)
+
+
+def told(error: Exception) -> UserError:
+    """Return a failure that nobody foresaw in one sentence, with its place."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    reason = next(iter(str(error).splitlines()), "no reason given")
+    return UserError(
+        f"the turn failed at `{Path(place.filename).name}` line {place.lineno}: "
+        f"{type(error).__name__}: {clean(reason)}",
+        "the conversation is as it was before the turn; `/clear` begins a new one",
+    )
 
 
 def repl(chat: Chat) -> None:
@@ -479,7 +501,8 @@ def main(argv: list[str] | None = None) -> None:
     if options.plan:
         print_plan(options)
         return
-    piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().strip()
+    is_piped = sys.stdin is not None and not sys.stdin.isatty()
+    piped = sys.stdin.buffer.read().decode("utf-8", "replace").strip() if is_piped else ""
     question = "\n\n".join(text for text in (options.prompt, piped) if text)
     chat_is_open = not question and sys.stdin is not None and sys.stdin.isatty()
     if not question and not chat_is_open:

@@ -7,6 +7,8 @@ No tensors here, and no knowledge of how a reply is produced.
 
 import re
 
+SURROGATE = re.compile("[\ud800-\udfff]")
+
 
 def common_prefix_length(a: list[int], b: list[int]) -> int:
     """Return how many leading ids two lists share."""
@@ -16,12 +18,17 @@ def common_prefix_length(a: list[int], b: list[int]) -> int:
     return min(len(a), len(b))
 
 
+def clean(text: str) -> str:
+    """Replace what was not UTF-8, which terminals and command lines hand over as surrogates."""
+    return SURROGATE.sub("\ufffd", text)
+
+
 class Conversation:
     """The messages so far; `prompt_ids` renders them for the next reply."""
 
     def __init__(self, tokenizer, system: str | None = None):
         self.tokenizer = tokenizer
-        self.system = system
+        self.system = clean(system) if system else None
         self.messages: list[dict] = []
         tokens = [token.content for token in tokenizer.added_tokens_decoder.values()]
         longest_first = sorted(tokens, key=len, reverse=True)
@@ -37,7 +44,7 @@ class Conversation:
         return self._control.sub(lambda match: f"{match[0][0]}\u200b{match[0][1:]}", text)
 
     def add_user(self, text: str) -> None:
-        self.messages.append({"role": "user", "content": self.disarm(text)})
+        self.messages.append({"role": "user", "content": self.disarm(clean(text))})
 
     def add_assistant(self, text: str) -> None:
         self.messages.append({"role": "assistant", "content": text})

@@ -195,7 +195,7 @@ class Gate:
             self.usual[key] = median_low(times)
 
     def is_warm(self, drafts: int) -> bool:
-        """Say whether a step with so many drafts was taken before, so that its kernels are there."""
+        """Say whether a step with so many drafts was taken before: its kernels are compiled."""
         return drafts in self.taken
 
     def charge(self, context: int, drafts: int, seconds: float, accepted: int) -> None:

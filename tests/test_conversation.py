@@ -22,6 +22,14 @@ class FakeTokenizer:
         return [0] + [ord(c) for c in text.removeprefix("<BOS>")]
 
 
+def test_what_is_not_utf8_is_replaced():
+    """Surrogates, which a tokenizer refuses, in a pasted text or a system prompt (H5)."""
+    conversation = Conversation(FakeTokenizer(), system="a\udcffb")
+    conversation.add_user("c\ud800\udc80d \N{GRINNING FACE}")
+    text = "".join(map(chr, conversation.prompt_ids()[1:]))
+    assert "a\ufffdb" in text and "c\ufffd\ufffdd \N{GRINNING FACE}" in text
+
+
 def test_prompt_holds_system_history_and_one_bos():
     conversation = Conversation(FakeTokenizer(), system="Be brief.")
     conversation.add_user("Hi")

@@ -19,12 +19,19 @@ QUESTION = "What is the capital of France?"
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
-def run(*arguments, stdin: str = "", cwd=ROOT) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(CHAT), *map(str, arguments)]
+def run(*arguments, stdin: str | bytes = "", cwd=ROOT) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(CHAT), *map(os.fsdecode, map(argument_bytes, arguments))]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        command, input=stdin, capture_output=True, text=True, cwd=cwd, timeout=120, env=environment
+    stdin = argument_bytes(stdin)
+    done = subprocess.run(
+        command, input=stdin, capture_output=True, cwd=cwd, timeout=120, env=environment
     )
+    done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
+    return done
+
+
+def argument_bytes(value) -> bytes:
+    return value if isinstance(value, bytes) else str(value).encode()
 
 
 class Terminal:
@@ -53,8 +60,8 @@ class Terminal:
         seen, self.text = self.text, ""
         return seen
 
-    def type(self, text: str) -> None:
-        os.write(self.fd, text.encode())
+    def type(self, text: str | bytes) -> None:
+        os.write(self.fd, text if isinstance(text, bytes) else text.encode())
 
     def status(self, timeout_s: float = 30) -> int:
         """Return the exit status of a chat that is leaving; kill one that does not."""
@@ -84,6 +91,12 @@ def test_stdin_is_the_question_or_is_appended(demo_q4):
     assert "Paris" in run(demo_q4, "-p", "What is the capital", stdin="of France?").stdout
 
 
+def test_bytes_that_are_not_utf8(demo_q4):
+    """A pasted byte of another encoding ended every way in with a traceback (H5)."""
+    done = run(demo_q4, "-p", QUESTION.encode() + b"\xff", "-s", b"\xfe", stdin=b"\xff")
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
 def test_stats_as_json_and_off(demo_q4):
     stats = json.loads(run(demo_q4, "-p", QUESTION, "--stats", "json").stderr)
     assert stats["reply_tokens"] > 3 and stats["prompt_s"] > 0
@@ -99,6 +112,8 @@ def test_terminal_session(demo_q4):
     terminal.type(QUESTION + "\r")
     assert "Paris" in terminal.until(r"\(0 reused\)(.|\n)*>>>")
     terminal.type("And what is the capital of Italy?\r")
+    terminal.until(r"\([1-9]\d* reused\)(.|\n)*>>>")
+    terminal.type(b"hi \xff\xfe there\r")  # ended the session in a traceback (H5)
     terminal.until(r"\([1-9]\d* reused\)(.|\n)*>>>")
     terminal.type("/clear\r")
     terminal.until(r"\(cleared\)(.|\n)*>>>")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -26,6 +27,34 @@ def open_chat(demo_q4):
     yield start
     for one in chats:
         one.loaded.store.close()
+
+
+@pytest.mark.parametrize("where", ["prompt", "reply"])
+def test_no_failure_of_a_turn_ends_the_session(open_chat, capsys, monkeypatch, where):
+    """A Metal allocation or a template that fails threw away the model, minutes of loading (H5)."""
+    session = open_chat("--stats", "off")
+    chat.answer_line(session, QUESTION)
+    first = capsys.readouterr().out
+    model, calls = session.loaded.model, []
+    original = type(model).hidden
+
+    def fails_once(self, ids, cache=None):
+        calls.append(ids)
+        if len(calls) == (1 if where == "prompt" else 5):
+            raise RuntimeError("[metal::malloc] out of memory\nat line 7")
+        return original(self, ids, cache)
+
+    monkeypatch.setattr(type(model), "hidden", fails_once)
+    chat.answer_line(session, "And of Italy?")
+    told = capsys.readouterr().err
+    assert re.match(
+        r"error: the turn failed at `test_chat_options.py` line \d+: RuntimeError: "
+        r"\[metal::malloc\] out of memory\n\nhint: the conversation is as it was",
+        told.lstrip("\n"),
+    )
+    assert [message["role"] for message in session.conversation.messages] == ["user", "assistant"]
+    chat.answer_line(session, "And of Italy?")
+    assert "Paris" in first and "Rome" in capsys.readouterr().out
 
 
 def test_json_statistics_of_streamed_experts(open_chat, capsys):
