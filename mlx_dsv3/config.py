@@ -2,23 +2,60 @@
 
 `ModelArgs.from_dict` accepts the forms that occur in the wild (`rope_scaling` or the
 `rope_parameters` of transformers 5, `type` or `rope_type`, fields that newer writers leave out)
-and `check` refuses in words what this package would compute wrongly. Standard library only:
-nothing here knows about arrays or tensors.
+and refuses in words what this package would compute wrongly. Standard library only: nothing here
+knows about arrays or tensors.
 """
 
 import json
 import math
-from dataclasses import dataclass, fields
+import sys
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from mlx_dsv3.errors import UserError
 
 MODEL_TYPES = ("deepseek_v3", "kimi_k2")
+# Fields that change the arithmetic, or would in a relative that calls itself `deepseek_v3`
+# (DeepSeek-V3.2's indexer, Instella's gates), with the one value that is implemented. Absent and
+# null mean that value. Everything else in a config.json leaves the arithmetic alone:
+# `num_key_value_heads` and `head_dim` too, which latent attention does not read.
+ASSUMED = {
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+    "partial_rotary_factor": 1,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "index_topk": None,
+    "index_n_heads": None,
+    "index_head_dim": None,
+    "gated_attention": False,
+    "farskip": False,
+}
+YARN = {
+    "factor": float,
+    "original_max_position_embeddings": int,
+    "beta_fast": float,
+    "beta_slow": float,
+    "mscale": float,
+    "mscale_all_dim": float,
+    "attention_factor": float,
+    "truncate": bool,
+}
+# What absent or null keys mean to transformers and to the model's own code.
+YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
+ROPE_KEYS = {*YARN, "type", "rope_type", "rope_theta", "partial_rotary_factor"}
 
 
 @dataclass
 class ModelArgs:
-    """Model dimensions and constants; every field bears its name in the hub's config.json."""
+    """Model dimensions and constants; every field bears its name in the hub's config.json.
+
+    The defaults are those of the model's own configuration_deepseek.py (mlx-lm's differ).
+    """
 
     model_type: str
     vocab_size: int
@@ -33,24 +70,20 @@ class ModelArgs:
     v_head_dim: int
     n_routed_experts: int
     num_experts_per_tok: int
-    q_lora_rank: int | None = None
-    n_shared_experts: int | None = None
-    n_group: int = 1
-    topk_group: int = 1
-    first_k_dense_replace: int = 0
+    q_lora_rank: int | None = 1536
+    n_shared_experts: int | None = 1
+    n_group: int = 8
+    topk_group: int = 4
+    first_k_dense_replace: int = 3
     moe_layer_freq: int = 1
     norm_topk_prob: bool = True
-    routed_scaling_factor: float = 1.0
-    scoring_func: str = "sigmoid"
-    topk_method: str = "noaux_tc"
-    num_nextn_predict_layers: int = 0
+    routed_scaling_factor: float = 2.5
+    num_nextn_predict_layers: int = 0  # theirs is 1, of which their model reads nothing
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None
-    max_position_embeddings: int = 163840
-    hidden_act: str = "silu"
-    attention_bias: bool = False
-    tie_word_embeddings: bool = False
+    rope_interleave: bool = True
+    max_position_embeddings: int = 4096
 
     @classmethod
     def from_dict(cls, config: dict) -> "ModelArgs":
@@ -58,27 +91,42 @@ class ModelArgs:
 
         Raises `UserError` for a missing field or a model that this package does not run.
         """
-        config = dict(config)
         if config.get("model_type") not in MODEL_TYPES:
             raise UserError(
                 f"config.json has model_type `{config.get('model_type')}`; "
                 "mlx_dsv3 runs `deepseek_v3` and `kimi_k2`",
                 "`mlx_lm.chat --model FOLDER` runs other model types",
             )
-        _translate_rope(config)
+        for name, value in ASSUMED.items():
+            _check_assumed(name, config.get(name), value)
+        config = config | _read_rope(config)
         if config.get("num_nextn_predict_layers") is None:
             config["num_nextn_predict_layers"] = config.get("num_mtp_layers") or 0
+        if config.get("n_group", 0) is None:  # no groups
+            config |= {"n_group": 1, "topk_group": 1}
         names = [field.name for field in fields(cls)]
-        required = [field.name for field in fields(cls)][: names.index("q_lora_rank")]
+        required = names[: names.index("q_lora_rank")]
         missing = [name for name in required if config.get(name) is None]
         if missing:
             raise UserError(f"config.json lacks `{missing[0]}`", _HUB_CONFIG_HINT)
-        given = {name: config[name] for name in names if config.get(name) is not None}
-        for field in fields(cls):
-            _check_type(field.name, field.type, given.get(field.name))
-        args = cls(**given)
+        args = cls(
+            **{
+                field.name: _typed(field.name, field.type, config[field.name])
+                for field in fields(cls)
+                if field.name in config
+            }
+        )
         args.check()
         return args
+
+    def fill(self, config: dict) -> dict:
+        """Return the config these were read from, with every field said in the hub's spelling.
+
+        transformers refuses an integer in a float field; mlx-lm has defaults of its own and does
+        not read `rope_parameters`.
+        """
+        renamed = ("rope_parameters", "num_mtp_layers")
+        return {k: v for k, v in config.items() if k not in renamed} | asdict(self)
 
     @property
     def is_yarn(self) -> bool:
@@ -96,16 +144,6 @@ class ModelArgs:
 
     def check(self) -> None:
         """Refuse, with the field's name and value, what would be computed wrongly."""
-        expected = {
-            "scoring_func": "sigmoid",
-            "topk_method": "noaux_tc",
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "tie_word_embeddings": False,
-        }
-        for name, value in expected.items():
-            if getattr(self, name) != value:
-                _refuse(name, getattr(self, name), f"`{value}` is the only value implemented")
         if self.n_routed_experts % self.n_group:
             _refuse("n_group", self.n_group, f"does not divide {self.n_routed_experts} experts")
         if not 1 <= self.topk_group <= self.n_group:
@@ -117,15 +155,6 @@ class ModelArgs:
             _refuse("n_group", self.n_group, "a group needs two experts for its score")
         if self.num_nextn_predict_layers > 1:
             _refuse("num_nextn_predict_layers", self.num_nextn_predict_layers, "one is implemented")
-        if self.rope_scaling and self.rope_scaling["type"] != "yarn":
-            _refuse("rope_scaling.type", self.rope_scaling["type"], "only `yarn` is implemented")
-
-
-def _check_type(name: str, wanted: type, value) -> None:
-    """Refuse a word where a number must be: it would fail far from here, or count as true."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if value is not None and wanted in (int, float, int | None) and not is_number:
-        _refuse(name, value, "a number is needed")
 
 
 _HUB_CONFIG_HINT = "copy config.json from the model's page on the hub"
@@ -135,29 +164,61 @@ def _refuse(name: str, value, why: str) -> None:
     raise UserError(f"config.json has `{name}` = `{value}`; {why}", _HUB_CONFIG_HINT)
 
 
-def _translate_rope(config: dict) -> None:
-    """Bring both spellings of the rope settings to `rope_theta` and `rope_scaling.type`."""
-    scaling = config.get("rope_scaling")
-    if parameters := config.pop("rope_parameters", None):
-        config["rope_theta"] = parameters.get("rope_theta", config.get("rope_theta", 10000.0))
-        scaling = parameters
-    if scaling:
-        scaling = dict(scaling)
-        kind = scaling.pop("rope_type", None) or scaling.get("type")
-        if kind is None and "factor" in scaling:
-            raise UserError("config.json lacks `rope_scaling.type`", _HUB_CONFIG_HINT)
-        scaling["type"] = kind or "default"
-    if not scaling or scaling["type"] == "default":
-        config["rope_scaling"] = None
-        return
-    needed = ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings")
-    defaults = {"beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 0.0}
-    scaling = defaults | scaling
-    if scaling["type"] == "yarn":
-        missing = [name for name in needed if scaling.get(name) is None]
-        if missing:
-            raise UserError(f"config.json lacks `rope_scaling.{missing[0]}`", _HUB_CONFIG_HINT)
-    config["rope_scaling"] = scaling
+def _check_assumed(name: str, value, assumed) -> None:
+    if value not in (None, assumed):
+        only = "it is not" if assumed is None else f"`{assumed}` is the only value"
+        _refuse(name, value, f"{only} implemented")
+
+
+def _typed(name: str, wanted: type, value):
+    """Return a value as its field wants it; refuse what would fail far from here, or count as true.
+
+    An integer is a float too; a float is no integer, and neither is a bool.
+    """
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    if wanted is int and not is_int or wanted == int | None and not (is_int or value is None):
+        _refuse(name, value, "an integer is needed")
+    if wanted is bool and not isinstance(value, bool):
+        _refuse(name, value, "true or false is needed")
+    if wanted is not float:
+        return value
+    if not (is_int or isinstance(value, float)) or not abs(value) <= sys.float_info.max:
+        _refuse(name, value, "a number is needed")
+    return float(value)
+
+
+def _read_rope(config: dict) -> dict:
+    """Return `rope_theta` and `rope_scaling` (with `type`, or None) of either spelling.
+
+    `rope_scaling` goes before `rope_parameters`, and a `rope_theta` within before one outside, as
+    in transformers.
+    """
+    where = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    given = config.get(where) or {}
+    if not isinstance(given, dict):
+        _refuse(where, given, "an object is needed")
+    kind = given.get("rope_type") or given.get("type")
+    if kind is None and "factor" in given:
+        raise UserError(f"config.json lacks `{where}.type`", _HUB_CONFIG_HINT)
+    if kind not in (None, "default", "yarn"):
+        _refuse(f"{where}.type", kind, "`yarn` is the only value implemented")
+    for key in given.keys() - ROPE_KEYS:
+        _refuse(f"{where}.{key}", given[key], "it is not implemented")
+    partial = given.get("partial_rotary_factor")
+    _check_assumed(f"{where}.partial_rotary_factor", partial, ASSUMED["partial_rotary_factor"])
+    theta = given.get("rope_theta")
+    if theta is None:
+        theta = config.get("rope_theta", ModelArgs.rope_theta)
+    if kind != "yarn":
+        return {"rope_theta": theta, "rope_scaling": None}
+    # To transformers a null `truncate` is false, other nulls are absent keys.
+    said = {k: v for k, v in given.items() if k in YARN and (v is not None or k == "truncate")}
+    scaling = YARN_DEFAULTS | said
+    for key in ("factor", "original_max_position_embeddings"):
+        if key not in scaling:
+            raise UserError(f"config.json lacks `{where}.{key}`", _HUB_CONFIG_HINT)
+    typed = {key: _typed(f"{where}.{key}", YARN[key], value) for key, value in scaling.items()}
+    return {"rope_theta": theta, "rope_scaling": {"type": "yarn"} | typed}
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:

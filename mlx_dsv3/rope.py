@@ -1,7 +1,8 @@
 """Rotary embedding with yarn: frequencies, attention factor and softmax scale.
 
-Rope dimensions are adjacent pairs (mlx calls it `traditional`). Yarn is static: the same
-frequencies at every length. Knows nothing of heads, caches or layers.
+Rope dimensions are adjacent pairs (mlx calls it `traditional`), or halves where `rope_interleave`
+is false. Yarn is static: the same frequencies at every length. Knows nothing of heads, caches or
+layers.
 """
 
 import math
@@ -24,9 +25,11 @@ def rope_frequencies(args: ModelArgs) -> np.ndarray:
         length = scaling["original_max_position_embeddings"]
         return dim * math.log(length / (num_rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = max(math.floor(correction(scaling["beta_fast"])), 0)
-    high = min(math.ceil(correction(scaling["beta_slow"])), dim - 1)
-    ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0, 1)
+    low, high = correction(scaling["beta_fast"]), correction(scaling["beta_slow"])
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = np.clip((np.arange(dim // 2) - low) / (high - low or 0.001), 0, 1)
     return freqs / scaling["factor"] * ramp + freqs * (1 - ramp)
 
 
@@ -40,9 +43,14 @@ def softmax_scale(args: ModelArgs) -> float:
 
 
 def rotation_factor(args: ModelArgs) -> float:
-    """Return the factor of cos and sin: M(mscale) / M(mscale_all_dim), 1 in every release."""
+    """Return the factor of cos and sin: M(mscale) / M(mscale_all_dim), 1 in every release.
+
+    yarn's `attention_factor` takes its place, and leaves the softmax scale alone.
+    """
     if not args.is_yarn:
         return 1.0
+    if (given := args.rope_scaling.get("attention_factor")) is not None:
+        return given
     factor, all_dim = args.rope_scaling["factor"], args.rope_scaling["mscale_all_dim"]
     below = yarn_mscale(factor, all_dim) if all_dim else 1.0
     return yarn_mscale(factor, args.rope_scaling["mscale"]) / below
@@ -54,6 +62,7 @@ class Rope:
     def __init__(self, args: ModelArgs):
         self.dims = args.qk_rope_head_dim
         self.factor = rotation_factor(args)
+        self.interleaved = args.rope_interleave
         # mx.fast.rope divides by `freqs`: it wants periods, not frequencies.
         self.periods = mx.array((1 / rope_frequencies(args)).astype(np.float32))
 
@@ -63,7 +72,7 @@ class Rope:
         return mx.fast.rope(
             x,
             self.dims,
-            traditional=True,
+            traditional=self.interleaved,
             base=None,
             scale=1.0,
             offset=offset,

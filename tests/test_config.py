@@ -1,18 +1,23 @@
 """config.json in every spelling that occurs, and the refusals by name and value."""
 
 import json
+from dataclasses import MISSING, fields
 
 import pytest
 import tiny
 
 from mlx_dsv3.config import ModelArgs, read_config, read_json
 from mlx_dsv3.errors import UserError
+from mlx_dsv3.reference import model as reference
 
 YARN = tiny.YARN
 NEW_ROPE = {key: value for key, value in YARN.items() if key != "type"} | {
     "rope_type": "yarn",
     "rope_theta": 50000.0,
 }
+
+
+REQUIRED = [field.name for field in fields(ModelArgs) if field.default is MISSING]
 
 
 def without(config: dict, *names: str) -> dict:
@@ -43,6 +48,15 @@ def test_both_rope_spellings_agree():
     assert ModelArgs.from_dict(tiny.A | {"rope_scaling": renamed}).rope_scaling == YARN
 
 
+def test_scaling_goes_before_parameters():
+    """transformers reads `rope_scaling` where both are given, and the theta within either."""
+    both = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}
+    args = ModelArgs.from_dict(tiny.A | both)
+    assert args.is_yarn and args.rope_theta == 10000.0
+    within = {"rope_scaling": YARN | {"rope_theta": 5e4}}
+    assert ModelArgs.from_dict(tiny.A | within).rope_theta == 5e4
+
+
 @pytest.mark.parametrize(
     "rope",
     [
@@ -70,6 +84,97 @@ def test_fields_that_transformers_leaves_out():
     names = ("topk_method", "scoring_func", "moe_layer_freq", "ep_size")
     args = ModelArgs.from_dict(without(tiny.A, *names))
     assert args == ModelArgs.from_dict(tiny.A)
+
+
+def test_absent_fields():
+    """mlx-lm's defaults (one group, no dense layer, a scale of 1) are another model's.
+
+    Those of the model's own code, which test_rope_variants compares with transformers'.
+    """
+    dimensions = {name: tiny.A[name] for name in REQUIRED}
+    for read in ModelArgs.from_dict, reference.Args.from_dict:
+        args = read(dimensions)
+        assert (args.n_group, args.topk_group, args.first_k_dense_replace) == (8, 4, 3)
+        assert (args.routed_scaling_factor, args.norm_topk_prob) == (2.5, True)
+        assert (args.q_lora_rank, args.n_shared_experts, args.moe_layer_freq) == (1536, 1, 1)
+        assert (args.rms_norm_eps, args.rope_theta, args.rope_scaling) == (1e-6, 1e4, None)
+        assert (args.rope_interleave, args.num_nextn_predict_layers) == (True, 0)
+        nulls = read(dimensions | {"q_lora_rank": None, "n_shared_experts": None})
+        assert nulls.q_lora_rank is nulls.n_shared_experts is None
+    assert ModelArgs.from_dict(dimensions).max_position_embeddings == 4096
+
+
+# What hub configs of the family say beside the dimensions: none of it may be refused.
+V3 = {
+    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
+    "attention_dropout": 0.0,
+    "aux_loss_alpha": 0.001,
+    "ep_size": 1,
+    "initializer_range": 0.02,
+    "pretraining_tp": 1,
+    "seq_aux": True,
+    "use_cache": True,
+    "quantization_config": {"quant_method": "fp8", "scale_fmt": "ue8m0"},
+}
+RELATIVES = {
+    "V3": V3,
+    "Kimi-K2": V3
+    | {
+        "model_type": "kimi_k2",
+        "n_group": 1,
+        "topk_group": 1,
+        "num_nextn_predict_layers": 0,
+        "rope_scaling": YARN | {"factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0},
+    },
+    "Moonlight": V3 | {"q_lora_rank": None, "rope_scaling": None, "rope_theta": 50000},
+    "GigaChat3": {
+        "q_lora_rank": None,
+        "routed_scaling_factor": 1,
+        "rope_theta": 100000,
+        "rope_scaling": YARN | {"factor": 64, "rope_type": "yarn"},
+        "head_dim": 64,
+    },
+    "transformers 5": {
+        "rope_scaling": None,
+        "rope_parameters": NEW_ROPE | {"type": "yarn", "partial_rotary_factor": 1.0},
+        "rope_interleave": True,
+        "head_dim": 16,
+        "qk_head_dim": 32,
+        "num_mtp_layers": 1,
+        "output_router_logits": False,
+        "pad_token_id": None,
+        "dtype": "bfloat16",
+    },
+}
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_no_relative_is_refused(name):
+    """A check that knows fewer keys than the hub's configs have would lock a model out."""
+    assert ModelArgs.from_dict(tiny.A | RELATIVES[name])
+    assert reference.Args.from_dict(tiny.A | RELATIVES[name])
+
+
+def test_float_fields_are_floats_and_written_as_floats():
+    """GigaChat3's `"routed_scaling_factor": 1` converted, and transformers refused the result."""
+    config = tiny.A | {"routed_scaling_factor": 1, "rope_theta": 100000, "eos_token_id": 7}
+    written = ModelArgs.from_dict(config).fill(config)
+    floats = [written[name] for name in ("routed_scaling_factor", "rope_theta", "rms_norm_eps")]
+    floats += [value for key, value in written["rope_scaling"].items() if "type" != key]
+    floats.remove(4096)
+    assert all(isinstance(value, float) for value in floats) and len(floats) == 8
+    assert written["eos_token_id"] == 7 and type(written["num_hidden_layers"]) is int
+    assert ModelArgs.from_dict(written).fill(written) == written
+
+
+def test_written_config_says_what_others_would_guess():
+    """mlx-lm has other defaults, and reads no `rope_parameters`: a converted V3 lost its yarn."""
+    new = without(tiny.A, "rope_scaling", "rope_theta", "n_group", "num_nextn_predict_layers")
+    new |= {"rope_parameters": NEW_ROPE, "num_mtp_layers": 1, "topk_group": 4}
+    written = ModelArgs.from_dict(new).fill(new)
+    assert written["rope_scaling"] == YARN and written["rope_theta"] == 50000.0
+    assert written["n_group"] == 8 and written["num_nextn_predict_layers"] == 1
+    assert not {"rope_parameters", "num_mtp_layers"} & written.keys()
 
 
 @pytest.mark.parametrize(
@@ -111,10 +216,53 @@ REFUSED = {
     "too many groups": ({"topk_group": 5}, "`topk_group` = `5`; n_group is 4"),
     "too few experts": ({"num_experts_per_tok": 9}, "`num_experts_per_tok` = `9`; groups keep 8"),
     "two MTP layers": ({"num_nextn_predict_layers": 2}, "`num_nextn_predict_layers` = `2`"),
+    "gates of Instella": ({"gated_attention": True}, "`gated_attention` = `True`"),
+    "indexer": ({"index_topk": 2048}, "`index_topk` = `2048`; it is not implemented"),
+    "biased experts": ({"mlp_bias": True}, "`mlp_bias` = `True`"),
+    "partial rope": ({"partial_rotary_factor": 0.5}, "`partial_rotary_factor` = `0.5`"),
+    "partial rope within": (
+        {"rope_scaling": YARN | {"partial_rotary_factor": 0.5}},
+        "`rope_scaling.partial_rotary_factor` = `0.5`; `1` is the only value implemented",
+    ),
+    "unknown rope key": (
+        {"rope_scaling": YARN | {"attn_factor": 2.0}},
+        "`rope_scaling.attn_factor` = `2.0`; it is not implemented",
+    ),
+    "unknown rope parameter": (
+        {"rope_scaling": None, "rope_parameters": NEW_ROPE | {"llama_4_scaling_beta": 0.1}},
+        "`rope_parameters.llama_4_scaling_beta` = `0.1`; it is not implemented",
+    ),
+    "rope is a word": ({"rope_scaling": "yarn"}, "`rope_scaling` = `yarn`; an object is needed"),
+    "factor is a word": (
+        {"rope_scaling": YARN | {"factor": "40"}},
+        "`rope_scaling.factor` = `40`; a number is needed",
+    ),
+    # transformers takes a null for false here, and for true where the key is absent
+    "null truncate": (
+        {"rope_scaling": YARN | {"truncate": None}},
+        "`rope_scaling.truncate` = `None`; true or false is needed",
+    ),
+    "null interleave": (
+        {"rope_interleave": None},
+        "`rope_interleave` = `None`; true or false is needed",
+    ),
+    "float layers": ({"num_hidden_layers": 4.0}, "`num_hidden_layers` = `4.0`; an integer"),
+    "bool layers": ({"num_hidden_layers": True}, "`num_hidden_layers` = `True`; an integer"),
+    "list of layers": ({"moe_layer_freq": [0, 1]}, "`moe_layer_freq` = `[0, 1]`; an integer"),
+    "bool scale": ({"routed_scaling_factor": True}, "`routed_scaling_factor` = `True`; a number"),
+    "null scale": ({"routed_scaling_factor": None}, "`routed_scaling_factor` = `None`; a number"),
+    "no number": ({"rms_norm_eps": float("nan")}, "`rms_norm_eps` = `nan`; a number is needed"),
+    "huge": ({"rope_theta": 10**400}, "a number is needed"),
+    "word for a bool": ({"norm_topk_prob": "false"}, "`norm_topk_prob` = `false`; true or false"),
     "linear rope": ({"rope_scaling": {"type": "linear", "factor": 2}}, "`linear`"),
     "yarn without factor": ({"rope_scaling": without(YARN, "factor")}, "`rope_scaling.factor`"),
     "no rank": ({"kv_lora_rank": None}, "lacks `kv_lora_rank`"),
 }
+
+
+ARITHMETIC = ("softmax gate", "greedy gate", "activation", "attention bias", "tied head")
+ARITHMETIC += ("gates of Instella", "indexer", "biased experts", "partial rope", "linear rope")
+ARITHMETIC += ("partial rope within", "unknown rope key", "unknown rope parameter")
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -125,6 +273,15 @@ def test_refusals_name_field_and_value(case):
         ModelArgs.from_dict(tiny.A | change)
     assert words in error.value.message
     assert error.value.hint and "\n" not in error.value.message
+
+
+@pytest.mark.parametrize("case", ARITHMETIC)
+def test_reference_refuses_unknown_arithmetic_too(case):
+    """A setting that both sides ignore alike passes every parity test."""
+    change, words = REFUSED[case]
+    with pytest.raises(UserError) as error:
+        reference.Args.from_dict(tiny.A | change)
+    assert words.split(";")[0] in error.value.message
 
 
 @pytest.mark.parametrize("field", ["vocab_size", "hidden_size", "n_routed_experts", "v_head_dim"])
@@ -161,10 +318,10 @@ def test_config_file(tmp_path):
         read_config(tmp_path / "absent")
 
 
-def test_null_counts_as_absent_and_words_are_no_numbers():
+def test_null_groups_and_words_that_are_no_numbers():
     """`n_group: null` means one group; `"8"` would compare and multiply as text."""
     assert ModelArgs.from_dict(tiny.A | {"n_group": None, "topk_group": None}).n_group == 1
-    with pytest.raises(UserError, match="`num_hidden_layers` = `four`; a number is needed"):
+    with pytest.raises(UserError, match="`num_hidden_layers` = `four`; an integer is needed"):
         ModelArgs.from_dict(tiny.A | {"num_hidden_layers": "four"})
     scaling = {key: value for key, value in tiny.YARN.items() if key != "type"}
     with pytest.raises(UserError, match="lacks `rope_scaling.type`"):

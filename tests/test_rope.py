@@ -97,6 +97,23 @@ def test_rotation_factor():
     assert softmax_scale(args) == pytest.approx(192**-0.5, rel=1e-12)
 
 
+def test_attention_factor():
+    """Ignored, it left cos and sin alone; it never enters the softmax scale."""
+    args = dataclasses.replace(V3, rope_scaling=YARN_V3 | {"attention_factor": 2.0})
+    assert rotation_factor(args) == 2.0 and softmax_scale(args) == softmax_scale(V3)
+    x = mx.random.normal((1, 1, 3, 64), key=mx.random.key(0))
+    assert mx.allclose(Rope(args)(x, 7), 2 * Rope(V3)(x, 7), rtol=0, atol=1e-6)
+
+
+def test_ramp_that_is_not_truncated():
+    """`truncate: false` was ignored: V3's ramp then runs from 10.4722 to 22.5134, not 10 to 23."""
+    args = dataclasses.replace(V3, rope_scaling=YARN_V3 | {"truncate": False})
+    plain = 1e4 ** (-np.arange(32) / 32)
+    ramp = np.clip((np.arange(32) - 10.4722) / (22.5134 - 10.4722), 0, 1)
+    expected = plain * (1 - ramp) + plain / 40 * ramp
+    np.testing.assert_allclose(rope_frequencies(args), expected, rtol=1e-3)
+
+
 @pytest.mark.parametrize("offset", [0, 1, 255, 4095, 163_839 - 5])
 @pytest.mark.parametrize("name", ["A", "B", "C"])
 def test_rotation_turns_adjacent_pairs(name, offset):
@@ -109,6 +126,18 @@ def test_rotation_turns_adjacent_pairs(name, offset):
     angles = np.outer(np.arange(offset, offset + 5), rope_frequencies(args))
     turned = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * angles) * rotation_factor(args)
     expected = np.stack([turned.real, turned.imag], axis=-1).reshape(x.shape)
+    actual = np.array(Rope(args)(mx.array(x.astype(np.float32)), offset))
+    np.testing.assert_allclose(actual, expected, atol=5 * (1e-6 + (offset + 5) * 2**-24))
+
+
+@pytest.mark.parametrize("offset", [0, 4095])
+def test_rotation_turns_halves(offset):
+    """`rope_interleave: false` was ignored: the pairs are (i, i + R/2)."""
+    args = dataclasses.replace(V3, rope_interleave=False)
+    x = np.random.default_rng(0).standard_normal((2, 3, 5, 64))
+    angles = np.outer(np.arange(offset, offset + 5), rope_frequencies(args))
+    turned = (x[..., :32] + 1j * x[..., 32:]) * np.exp(1j * angles)
+    expected = np.concatenate([turned.real, turned.imag], axis=-1)
     actual = np.array(Rope(args)(mx.array(x.astype(np.float32)), offset))
     np.testing.assert_allclose(actual, expected, atol=5 * (1e-6 + (offset + 5) * 2**-24))
 

@@ -17,12 +17,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mlx_dsv3.errors import UserError
+
 LORA_NORM_EPS = 1e-6  # q_a_layernorm and kv_a_layernorm never see `rms_norm_eps`
+# What this code computes without asking; a config that says otherwise is refused. Null is absent.
+FIXED = {
+    "hidden_act": "silu",
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+    "partial_rotary_factor": 1,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "index_topk": None,  # the indexer of DeepSeek-V3.2
+    "index_n_heads": None,
+    "index_head_dim": None,
+    "gated_attention": False,  # Instella
+    "farskip": False,
+}
+ROPE_SETTINGS = {"type", "rope_type", "rope_theta", "partial_rotary_factor", "factor"}
+ROPE_SETTINGS |= {"original_max_position_embeddings", "beta_fast", "beta_slow", "truncate"}
+ROPE_SETTINGS |= {"mscale", "mscale_all_dim", "attention_factor"}
 
 
 @dataclass
 class Args:
-    """The fields of the hub's config.json that change the arithmetic, under their hub names."""
+    """The fields of the hub's config.json that change the arithmetic, under their hub names.
+
+    Defaults are those of DeepSeek's configuration_deepseek.py; its model has no MTP module.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -30,43 +55,67 @@ class Args:
     moe_intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    q_lora_rank: int | None
     kv_lora_rank: int
     qk_nope_head_dim: int
     qk_rope_head_dim: int
     v_head_dim: int
     n_routed_experts: int
     num_experts_per_tok: int
-    n_shared_experts: int = 1
-    n_group: int = 1
-    topk_group: int = 1
-    first_k_dense_replace: int = 0
+    q_lora_rank: int | None = 1536
+    n_shared_experts: int | None = 1
+    n_group: int = 8
+    topk_group: int = 4
+    first_k_dense_replace: int = 3
     moe_layer_freq: int = 1
     norm_topk_prob: bool = True
-    routed_scaling_factor: float = 1.0
+    routed_scaling_factor: float = 2.5
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None
+    rope_interleave: bool = True
     num_nextn_predict_layers: int = 0
 
     @classmethod
     def from_dict(cls, config: dict) -> "Args":
-        """Take a hub config, in its own form or the one that transformers 5 writes."""
+        """Take a hub config, in its own form or the one that transformers 5 writes.
+
+        Raises `UserError` for a setting that would change the arithmetic and is not known here.
+        """
+        refuse_unknown(config)
         config = dict(config)
-        rope = config.pop("rope_parameters", None)
+        rope = config["rope_scaling"] = config.get("rope_scaling") or config.get("rope_parameters")
         if rope:
-            config["rope_theta"] = rope["rope_theta"]
-            config["rope_scaling"] = rope
+            config["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", cls.rope_theta))
+        if config.get("n_group", 1) is None:
+            config["n_group"] = config["topk_group"] = 1
         config.setdefault("num_nextn_predict_layers", config.get("num_mtp_layers", 0))
+        config["num_nextn_predict_layers"] = config["num_nextn_predict_layers"] or 0
         known = {field.name for field in fields(cls)}
         return cls(**{key: value for key, value in config.items() if key in known})
 
     @property
     def yarn(self) -> dict | None:
-        """The rope scaling where it is yarn, else None."""
+        """The rope scaling where it is yarn, with what its absent keys mean, else None."""
         scaling = self.rope_scaling or {}
-        kind = scaling.get("type", scaling.get("rope_type", "default"))
-        return scaling if kind == "yarn" else None
+        if (scaling.get("rope_type") or scaling.get("type")) != "yarn":
+            return None
+        given = {key: value for key, value in scaling.items() if value is not None}
+        return {"beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 0.0} | given
+
+
+def refuse_unknown(config: dict) -> None:
+    """Raise `UserError` for a setting whose arithmetic is not written down below."""
+    where = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    rope = config.get(where) or {}
+    kind = rope.get("rope_type") or rope.get("type")
+    refused = {name: config[name] for name in FIXED if config.get(name) not in (None, FIXED[name])}
+    refused |= {f"{where}.{key}": rope[key] for key in rope.keys() - ROPE_SETTINGS}
+    if kind not in (None, "default", "yarn"):
+        refused[f"{where}.type"] = kind
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        refused[f"{where}.partial_rotary_factor"] = rope["partial_rotary_factor"]
+    for name, value in refused.items():
+        raise UserError(f"config.json has `{name}` = `{value}`; the reference does not know it")
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
@@ -85,9 +134,11 @@ def rope_frequencies(args: Args) -> Tensor:
         length = args.yarn["original_max_position_embeddings"]
         return dim * math.log(length / (num_rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = max(math.floor(correction(args.yarn["beta_fast"])), 0)
-    high = min(math.ceil(correction(args.yarn["beta_slow"])), dim - 1)
-    span = max(high - low, 0.001)
+    low, high = correction(args.yarn["beta_fast"]), correction(args.yarn["beta_slow"])
+    if args.rope_scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    span = high - low if high != low else 0.001
     ramp = ((torch.arange(dim // 2, dtype=torch.float64) - low) / span).clamp(0, 1)
     return freqs / args.yarn["factor"] * ramp + freqs * (1 - ramp)
 
@@ -95,7 +146,7 @@ def rope_frequencies(args: Args) -> Tensor:
 def softmax_scale(args: Args) -> float:
     """Return the factor of the attention scores: from nope + rope, times M(mscale_all_dim)^2."""
     scale = (args.qk_nope_head_dim + args.qk_rope_head_dim) ** -0.5
-    if args.yarn and args.yarn.get("mscale_all_dim"):
+    if args.yarn and args.yarn["mscale_all_dim"]:
         scale *= yarn_mscale(args.yarn["factor"], args.yarn["mscale_all_dim"]) ** 2
     return scale
 
@@ -108,14 +159,18 @@ def rotation(args: Args, start: int, length: int, like: Tensor) -> tuple[Tensor,
     angles = torch.outer(positions, freqs)
     factor = 1.0
     if args.yarn:
-        mscale, all_dim = args.yarn.get("mscale", 1.0), args.yarn.get("mscale_all_dim", 0.0)
+        mscale, all_dim = args.yarn["mscale"], args.yarn["mscale_all_dim"]
         factor = yarn_mscale(args.yarn["factor"], mscale)
         factor /= yarn_mscale(args.yarn["factor"], all_dim) if all_dim else 1.0
+        factor = args.yarn.get("attention_factor", factor)
     return angles.cos() * factor, angles.sin() * factor
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate adjacent pairs of the last dimension of x (..., L, R)."""
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleave: bool = True) -> Tensor:
+    """Rotate pairs of the last dimension of x (..., L, R): adjacent ones, or (i, i + R/2)."""
+    if not interleave:
+        a, b = x.to(cos.dtype).chunk(2, -1)
+        return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
     pairs = x.to(cos.dtype).unflatten(-1, (-1, 2))
     a, b = pairs[..., 0], pairs[..., 1]
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
@@ -186,6 +241,7 @@ class MLA(nn.Module):
         L = x.shape[1]
         start = cache["latent"].shape[1] if cache else 0
         cos, sin = rotation(self.args, start, L, x)
+        interleave = self.args.rope_interleave
 
         if self.args.q_lora_rank is None:
             q = self.q_proj(x)
@@ -193,11 +249,11 @@ class MLA(nn.Module):
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q = q.unflatten(-1, (self.H, self.N + self.R)).transpose(1, 2)  # (B, H, L, N + R)
         q_nope, q_pe = q.split([self.N, self.R], dim=-1)
-        q = torch.cat([q_nope, apply_rope(q_pe, cos, sin)], dim=-1)
+        q = torch.cat([q_nope, apply_rope(q_pe, cos, sin, interleave)], dim=-1)
 
         latent, k_pe = self.kv_a_proj_with_mqa(x).split([self.args.kv_lora_rank, self.R], dim=-1)
         latent = self.kv_a_layernorm(latent)  # the rope key is not normed
-        k_pe = apply_rope(k_pe, cos, sin)
+        k_pe = apply_rope(k_pe, cos, sin, interleave)
         if cache is not None:
             if cache:
                 latent = torch.cat([cache["latent"], latent], dim=1)  # (B, S, C)
