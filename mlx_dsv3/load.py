@@ -13,6 +13,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_tokenizer
+from transformers import PreTrainedConfig
 
 from mlx_dsv3.config import ModelArgs, read_json
 from mlx_dsv3.errors import UserError
@@ -218,18 +219,23 @@ def load_mtp(folder: Folder, model: Model, store: ExpertStore, dtype: mx.Dtype) 
 def load_checked_tokenizer(folder: Path, args: ModelArgs, config: dict, trust_remote_code: bool):
     """Load the tokenizer and refuse one whose ids the embedding does not have.
 
-    An id beyond the embedding would read foreign memory: MLX does not check.
+    An id beyond the embedding would read foreign memory: MLX does not check. Of config.json
+    transformers sees the model type alone: its classes refuse, in tracebacks, fields that the
+    tokenizer does not need (an integer for a float, yarn under `kimi_k2`).
     """
+    known = PreTrainedConfig(tokenizer_class=config.get("tokenizer_class"))
+    known.model_type = args.model_type
     eos = config.get("eos_token_id")
     generation = folder / "generation_config.json"
     if generation.is_file():
         eos = read_json(generation).get("eos_token_id") or eos
     try:
-        extra = {"trust_remote_code": True} if trust_remote_code else {"trust_remote_code": False}
+        extra = {"trust_remote_code": trust_remote_code, "config": known}
         tokenizer = load_tokenizer(folder, extra, eos_token_ids=eos)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # another package's, of any kind
+        first = next(iter(str(error).strip().splitlines()), "no reason given")
         raise UserError(
-            f"the tokenizer of `{folder}` does not load: {str(error).strip().splitlines()[0]}",
+            f"the tokenizer of `{folder}` does not load: {type(error).__name__}: {first}",
             "`--trust-remote-code` runs the repository's own tokenizer code, if it has one",
         ) from None
     largest = max(tokenizer.get_vocab().values())

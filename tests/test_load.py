@@ -14,9 +14,10 @@ from mlx_lm.utils import load_model as load_in_mlx_lm
 from mlx_lm.utils import quantize_model, save_config, save_model
 from parity.pairs import load_reference, random_ids
 
+from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.headers import read_header, read_headers
-from mlx_dsv3.load import load, load_model
+from mlx_dsv3.load import load, load_checked_tokenizer, load_model
 
 Q4 = {"bits": 4, "group_size": 64, "mode": "affine"}
 Q8 = {"bits": 8, "group_size": 64, "mode": "affine"}
@@ -234,6 +235,25 @@ def test_end_tokens_of_generation_config(folder):
     assert loaded.tokenizer.eos_token_ids == {1, 5}
 
 
+# What transformers' config classes refuse, and no tokenizer needs.
+STRICT = {
+    "integer for a float": {"routed_scaling_factor": 1},
+    "null for an integer": {"n_shared_experts": None},
+    "yarn of kimi_k2": {"model_type": "kimi_k2"},
+    "word for a token": {"pad_token_id": "none"},
+}
+
+
+@pytest.mark.parametrize("case", STRICT)
+def test_tokenizer_does_not_hang_on_config_json(folder, case):
+    """GigaChat3's integer in a float field ended the load in a traceback of huggingface_hub."""
+    config = tiny.A | {"num_hidden_layers": 2} | STRICT[case]
+    args = ModelArgs.from_dict(config)
+    write_json(folder / "config.json", config)
+    tokenizer = load_checked_tokenizer(folder, args, config, False)
+    assert tokenizer.encode("w5 w159", add_special_tokens=False) == [5, 159]
+
+
 # --- what is refused ------------------------------------------------------------------------
 
 
@@ -394,6 +414,23 @@ def test_no_tokenizer(folder):
     for file in folder.glob("tokenizer*"):
         file.unlink()
     assert f"the tokenizer of `{folder}` does not load" in refusal(folder, load).message
+
+
+@pytest.mark.parametrize(
+    "file, text, words",
+    [
+        ("tokenizer.json", "{}", "KeyError: "),
+        ("tokenizer.json", "{", "JSONDecodeError: Failed to parse tokenizer.json"),
+        ("tokenizer_config.json", "[]", "Error: "),
+        ("tokenizer_config.json", '{"tool_parser_type": "none"}', "ModuleNotFoundError: "),
+    ],
+)
+def test_broken_tokenizer(folder, file, text, words):
+    """Whatever another package raises: one sentence with its kind and first line."""
+    (folder / file).write_text(text)
+    error = refusal(folder, load)
+    assert f"the tokenizer of `{folder}` does not load: " in error.message
+    assert words in error.message and "\n" not in error.message
 
 
 # --- headers --------------------------------------------------------------------------------
