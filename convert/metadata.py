@@ -42,7 +42,8 @@ def output_config(plan: Plan) -> dict:
 
     Where the checkpoint has no MTP layer, the promise of one is taken back.
     """
-    config = {key: value for key, value in plan.source.config.items() if key != "_name_or_path"}
+    config = plan.source.args.fill(plan.source.config)
+    config.pop("_name_or_path", None)
     config.pop("quantization_config", None)
     if quantization := quantization_config(plan):
         config["quantization"] = config["quantization_config"] = quantization

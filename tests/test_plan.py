@@ -9,8 +9,10 @@ import struct
 from math import ceil, prod
 
 import pytest
+from mlx_lm.models.deepseek_v3 import ModelArgs as DeepseekV3Args
 
 from convert.__main__ import main
+from convert.metadata import output_config
 from convert.plan import build
 from convert.recipe import RECIPES
 from convert.source import open_folder
@@ -275,3 +277,20 @@ def test_digest_tells_plans_apart(tmp_path):
     digests.add(build(other, RECIPES["q4"]).digest)
     assert len(digests) == 6
     assert build(source, RECIPES["q4"]).digest in digests
+
+
+def test_config_for_other_programs(tmp_path):
+    """GigaChat3's integer in a float field: transformers refused the converted folder.
+
+    And a config as transformers 5 writes it: mlx-lm read no yarn in what became of it.
+    """
+    config = {k: v for k, v in D.items() if k not in ("rope_scaling", "rope_theta", "n_group")}
+    rope = {k: v for k, v in YARN.items() if k != "type"} | {"rope_type": "yarn"}
+    config |= {"routed_scaling_factor": 1, "rope_parameters": rope | {"rope_theta": 100000}}
+    source = open_folder(write_hub(tmp_path, config))
+    written = output_config(build(source, RECIPES["q4"]))
+    theirs = DeepseekV3Args.from_dict(written)
+    assert theirs.rope_scaling == YARN and theirs.n_group == 8
+    for value, wanted in ((theirs.rope_theta, 100000), (theirs.routed_scaling_factor, 1)):
+        assert value == wanted and isinstance(value, float)
+    assert "rope_parameters" not in written and written["bos_token_id"] == 0
