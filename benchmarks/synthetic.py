@@ -39,6 +39,7 @@ BASE = {
     "topk_group": 4,
     "norm_topk_prob": True,
     "routed_scaling_factor": 2.5,
+    "max_position_embeddings": 163840,
     "num_nextn_predict_layers": 1,
 }
 

@@ -202,8 +202,9 @@ def _read_rope(config: dict) -> dict:
         raise UserError(f"config.json lacks `{where}.type`", _HUB_CONFIG_HINT)
     if kind not in (None, "default", "yarn"):
         _refuse(f"{where}.type", kind, "`yarn` is the only value implemented")
-    for key in given.keys() - ROPE_KEYS:
-        _refuse(f"{where}.{key}", given[key], "it is not implemented")
+    for key, value in given.items():
+        if key not in ROPE_KEYS:
+            _refuse(f"{where}.{key}", value, "it is not implemented")
     partial = given.get("partial_rotary_factor")
     _check_assumed(f"{where}.partial_rotary_factor", partial, ASSUMED["partial_rotary_factor"])
     theta = given.get("rope_theta")

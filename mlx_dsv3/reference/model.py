@@ -109,7 +109,7 @@ def refuse_unknown(config: dict) -> None:
     rope = config.get(where) or {}
     kind = rope.get("rope_type") or rope.get("type")
     refused = {name: config[name] for name in FIXED if config.get(name) not in (None, FIXED[name])}
-    refused |= {f"{where}.{key}": rope[key] for key in rope.keys() - ROPE_SETTINGS}
+    refused |= {f"{where}.{key}": rope[key] for key in rope if key not in ROPE_SETTINGS}
     if kind not in (None, "default", "yarn"):
         refused[f"{where}.type"] = kind
     if rope.get("partial_rotary_factor") not in (None, 1):
