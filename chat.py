@@ -7,7 +7,6 @@ No tensor code here: arguments, the loop of turns, slash commands and the statis
 import argparse
 import json
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from mlx_dsv3.conversation import Conversation, clean
-from mlx_dsv3.errors import UserError, run_main
+from mlx_dsv3.errors import Parser, UserError, run_main
 from mlx_dsv3.gate import MAX_DRAFTS
 
 DEMO = Path("build/demo-q4")
@@ -108,14 +107,6 @@ def one_of(flag: str, *values: str, words: str = "") -> Callable[[str], str]:
         return text
 
     return parse
-
-
-class Parser(argparse.ArgumentParser):
-    """Tells a wrong command line as every other mistake: one sentence and a hint."""
-
-    def error(self, message: str):
-        message = re.sub(r"^argument (\S+): ", r"`\1`: ", " ".join(message.split()))
-        raise UserError(message, f"`python {self.prog} --help` lists the options")
 
 
 def make_parser() -> argparse.ArgumentParser:

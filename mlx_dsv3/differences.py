@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
+# States may hold infinities: a NaN from them counts as an infinite difference, without a warning.
+QUIET = np.errstate(invalid="ignore", over="ignore")
+
 
 def as_numpy(array: mx.array) -> np.ndarray:
     return np.array(array.astype(mx.float32)).astype(np.float64)
@@ -32,6 +35,7 @@ class Stage:
     overlaps: list[float] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
 
+    @QUIET
     def add(self, actual, expected, alike: np.ndarray, base=None) -> None:
         """Take rows (P, D) of one prompt; with `base` (P, D) only what was added to it counts."""
         actual, expected = as_numpy(actual), as_numpy(expected)
@@ -66,6 +70,7 @@ class Stage:
         return finite(max(alike, default=0.0))
 
     @property
+    @QUIET
     def channel(self) -> float:
         """The largest error of a channel, over its own size or the mean one if that is larger."""
         if not np.any(self.squares):

@@ -4,6 +4,8 @@ Command lines catch `UserError` alone, print it and exit with status 2; every ot
 bug or an operating system failure and keeps its traceback.
 """
 
+import argparse
+import re
 import sys
 from collections.abc import Callable
 
@@ -19,6 +21,14 @@ class UserError(Exception):
     def __str__(self) -> str:
         hint = f"\n\nhint: {self.hint}" if self.hint else ""
         return f"error: {self.message}{hint}"
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a wrong command line as every other mistake: one sentence and a hint."""
+
+    def error(self, message: str):
+        message = re.sub(r"^argument (\S+): ", r"`\1`: ", " ".join(message.split()))
+        raise UserError(message, f"`python {self.prog} --help` lists the options")
 
 
 def run_main(main: Callable[[], int | None]) -> int:

@@ -11,6 +11,7 @@ to check a conversion and what the figures mean. This file is the command line a
 import argparse
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -21,10 +22,11 @@ from rich.table import Table
 from mlx_dsv3.bounds import RECIPES, TOP1_GAP, Sources, Verdict, recipe_of
 from mlx_dsv3.config import read_json
 from mlx_dsv3.differences import Text
-from mlx_dsv3.errors import UserError, run_main
+from mlx_dsv3.errors import Parser, UserError, run_main
 from mlx_dsv3.folder import open_model
+from mlx_dsv3.golden import Golden, read_golden
 from mlx_dsv3.load import load_checked_tokenizer, load_model, plan_memory
-from mlx_dsv3.replay import Golden, Replay, check_same_model, read_golden
+from mlx_dsv3.replay import Replay, check_same_model
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
 COMMANDS = ("perplexity", "capacities")
@@ -50,16 +52,21 @@ def load_with_flags(args: argparse.Namespace, **options):
 def replay(args: argparse.Namespace) -> int:
     """Replay GOLDEN, print the report, return 0 within the bounds and 1 outside."""
     golden = read_golden(args.golden)
-    model, mtp, store, model_args, config = load_with_flags(args)
+    check_same_model(golden, args.folder.args, args.model)
+    if args.teacher_forced and not golden.has_every_state:
+        hint = "record with `--states all`"
+        raise UserError("`--teacher-forced` needs the states of every position", hint)
+    conversion = read_conversion(args.folder.path)
+    name = args.bounds or recipe_of(conversion, args.folder.config)
+    if args.plot:
+        check_plot(Path(args.plot))
+    model, mtp, store, *_ = load_with_flags(args)
     try:
-        check_same_model(json.loads(golden.about["config"]), model_args, args.model)
-        conversion = read_conversion(args.folder.path)
-        name = args.bounds or recipe_of(conversion, config)
         dtype = dtype_name(model)
-        sources = Sources(name, golden.about["arithmetic"], dtype, args.teacher_forced)
         result = Replay(model, mtp, golden, args.teacher_forced).run()
     finally:
         store.close()
+    sources = Sources(name, golden.about["arithmetic"], dtype, args.teacher_forced)
     verdict = Verdict(result, sources)
     about = {
         "model": args.model,
@@ -69,12 +76,12 @@ def replay(args: argparse.Namespace) -> int:
         "mode": "teacher-forced" if args.teacher_forced else "free",
         "same_source": same_source(golden, conversion),
     }
-    if args.plot:
-        plot(verdict, about, Path(args.plot))
     if args.json:
         print(json.dumps(as_json(golden, about, verdict), indent=2))
     else:
         print_report(golden, about, verdict)
+    if args.plot:
+        plot(verdict, about, Path(args.plot))
     if verdict.breaches:
         hint = "" if args.teacher_forced or not golden.has_every_state else TEACHER_HINT
         print(UserError(str(verdict.breaches[0]), hint), file=sys.stderr)
@@ -145,9 +152,10 @@ def share(values: list[bool]) -> float:
 def print_report(golden: Golden, about: dict, verdict: Verdict) -> None:
     """Print origin, one row for each stage, the text, and the verdict."""
     source, result, bound = golden.about, verdict.result, verdict.sources.bound()
+    num = len(golden.prompts)
     print(
         f"golden  {source['model']}, {source['arithmetic']} on {source['device']}, torch "
-        f"{source['torch']}, {len(golden.prompts)} prompts, {golden.num_tokens} tokens"
+        f"{source['torch']}, {num} prompt{'s' * (num > 1)}, {golden.num_tokens} tokens"
     )
     print(
         f"model   {about['model']}, recipe {about['recipe']}, activations {about['activations']}, "
@@ -186,12 +194,31 @@ def print_text(label: str, text: Text) -> None:
     )
 
 
-def plot(verdict: Verdict, about: dict, file: Path) -> None:
-    """Draw error and router agreement over depth; needs matplotlib, an extra."""
+def check_plot(file: Path) -> None:
+    """Refuse, before minutes of replay, a picture that cannot be drawn or written."""
     try:
-        import matplotlib
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
     except ImportError:
         raise UserError("`--plot` needs matplotlib", "pip install 'mlx-dsv3[plot]'") from None
+    kind = file.suffix.lstrip(".").lower()
+    if kind not in FigureCanvasAgg.get_supported_filetypes():
+        raise UserError(f"`--plot` has no picture format in its name, `{file}`", PLOT_HINT)
+    try:
+        is_new = not os.path.lexists(file)
+        file.open("a").close()
+        if is_new:
+            file.unlink()
+    except OSError as error:
+        raise UserError(f"`--plot` cannot write `{file}`: {error.strerror}", PLOT_HINT) from None
+
+
+PLOT_HINT = "give `--plot` a file like `depth.png` in a folder that you may write to"
+
+
+def plot(verdict: Verdict, about: dict, file: Path) -> None:
+    """Draw error and router agreement over depth; needs matplotlib, an extra."""
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -344,7 +371,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Read the command line; the first word may be a command, else it is MODEL of a replay."""
     command = argv[0] if argv and argv[0] in COMMANDS else None
     usage = __doc__.split("\n\n")
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"python -m mlx_dsv3.parity{f' {command}' if command else ''}",
         description=usage[0],
         epilog=None if command else usage[1],

@@ -8,7 +8,6 @@ what is acceptable (`bounds.py`).
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -16,61 +15,18 @@ import numpy as np
 from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.differences import Stage, Text
 from mlx_dsv3.errors import UserError
+from mlx_dsv3.golden import DIMENSIONS, Golden
 from mlx_dsv3.model import DecoderLayer, Model
 from mlx_dsv3.moe import MoE
 from mlx_dsv3.mtp import MTP
 
-FORMAT = "1"
 HEAD_ROWS = 128  # positions whose logits are alive at once
-RECORD_HINT = "`python -m mlx_dsv3.reference.record SOURCE GOLDEN --prompt-file TEXT` writes one"
-SAME_SHAPE = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "kv_lora_rank",
-    "n_routed_experts",
-    "num_experts_per_tok",
-)
 
 
-@dataclass
-class Golden:
-    """A golden file: metadata, and the tensors of each prompt without their number."""
-
-    about: dict[str, str]
-    prompts: list[dict[str, mx.array]]
-
-    @property
-    def has_every_state(self) -> bool:
-        return all(len(prompt["positions"]) == len(prompt["ids"]) for prompt in self.prompts)
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(prompt["ids"]) for prompt in self.prompts)
-
-
-def read_golden(path: str | Path) -> Golden:
-    """Read a golden file; raise `UserError` for anything else."""
-    if not Path(path).is_file():
-        raise UserError(f"`{path}` is no file", RECORD_HINT)
-    try:
-        tensors, about = mx.load(str(path), return_metadata=True)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"`{path}` is no safetensors file: {error}", RECORD_HINT) from None
-    if about.get("format") != FORMAT or "0.ids" not in tensors:
-        raise UserError(f"`{path}` is no golden file of format {FORMAT}", RECORD_HINT)
-    prompts: dict[int, dict] = {}
-    for name, tensor in tensors.items():
-        number, _, rest = name.partition(".")
-        prompts.setdefault(int(number), {})[rest] = tensor
-    return Golden(about, [prompts[p] for p in sorted(prompts)])
-
-
-def check_same_model(golden: dict, args: ModelArgs, folder: str) -> None:
-    """Refuse a golden config whose dimensions are not the model's."""
-    for name in SAME_SHAPE:
-        theirs, ours = golden.get(name), getattr(args, name)
+def check_same_model(golden: Golden, args: ModelArgs, folder: str) -> None:
+    """Refuse a golden file of a model with other dimensions."""
+    for name in DIMENSIONS:
+        theirs, ours = golden.config[name], getattr(args, name)
         if theirs != ours:
             raise UserError(
                 f"the golden file is of another model: its `{name}` is {theirs}, "
@@ -97,11 +53,6 @@ class Replay:
     """One model against one golden file."""
 
     def __init__(self, model: Model, mtp: MTP | None, golden: Golden, teacher_forced: bool):
-        if teacher_forced and not golden.has_every_state:
-            raise UserError(
-                "`--teacher-forced` needs the states of every position",
-                "record with `--states all`",
-            )
         self.model, self.mtp, self.golden = model, mtp, golden
         self.teacher_forced = teacher_forced
         self.result = Result()

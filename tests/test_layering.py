@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 ROWS = [
     {"errors"},
     {"config", "headers", "conversation", "linear", "cache", "sampler", "gate", "differences"},
-    {"rope", "expert_files", "hub"},
+    {"rope", "expert_files", "hub", "golden"},
     {"mla", "moe", "expert_store"},
     {"model", "memory"},
     {"mtp", "folder", "state"},

@@ -18,7 +18,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from mlx_dsv3.errors import UserError, run_main
+from mlx_dsv3.errors import Parser, UserError, run_main
 from mlx_dsv3.reference import backends, parallel, weights
 from mlx_dsv3.reference.model import Model
 from mlx_dsv3.reference.record import resolve
@@ -129,7 +129,7 @@ def generate(
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m mlx_dsv3.reference.generate", description=__doc__.split("\n")[0]
     )
     parser.add_argument("source", help="folder or hub id of the original checkpoint")

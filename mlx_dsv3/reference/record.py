@@ -21,7 +21,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from mlx_dsv3.errors import UserError, run_main
+from mlx_dsv3.errors import Parser, UserError, run_main
 from mlx_dsv3.reference import backends, golden, weights
 from mlx_dsv3.reference.stream import Stream
 from mlx_dsv3.reference.weights import HubTensors
@@ -238,9 +238,7 @@ def record(args: argparse.Namespace) -> dict[str, str]:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m mlx_dsv3.reference.record", description=__doc__.split("\n")[0]
-    )
+    parser = Parser(prog="python -m mlx_dsv3.reference.record", description=__doc__.split("\n")[0])
     parser.add_argument("source", help="folder or hub id of the original checkpoint")
     parser.add_argument("golden", help="safetensors file to write")
     parser.add_argument(

@@ -17,8 +17,8 @@ from safetensors import safe_open
 from mlx_dsv3 import bounds, parity
 from mlx_dsv3.differences import Stage, Text, divergence
 from mlx_dsv3.errors import UserError, run_main
+from mlx_dsv3.golden import read_golden
 from mlx_dsv3.headers import read_header
-from mlx_dsv3.replay import read_golden
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
