@@ -137,6 +137,7 @@ class Text:
         return float(np.array(self.is_same)[kept].mean()) if kept.any() else 1.0
 
     @property
+    @QUIET
     def perplexities(self) -> tuple[float, float]:
         """Return the model's perplexity and the golden one."""
         return finite(np.exp(np.mean(self.losses))), float(np.exp(np.mean(self.golden_losses)))

@@ -41,7 +41,6 @@ TOP = 20
 
 # Shapes by letter: L tokens, P positions whose states are kept, T tokens with a target, D hidden,
 # K experts per token, W best tokens. Of the MTP module L, P and T are those of its pairs.
-TOKENS = {"ids": "L", "positions": "P"}
 HALVES = {"attention": "PD", "mlp": "PD"}
 ROUTER = {"experts": "LK", "margins": "L"}
 HEAD = {"norm": "PD", "logprobs": "T", "logsumexp": "L", "top_ids": "LW", "top_logprobs": "LW"}
@@ -90,9 +89,8 @@ def read_golden(path: str | Path) -> Golden:
     numbers = takewhile(lambda p: p == 0 or f"{p}.ids" in tensors, count())
     prompts = [read_prompt(path, tensors, f"{p}.", config, has_mtp) for p in numbers]
     known = {f"{p}.{name}" for p, prompt in enumerate(prompts) for name in prompt}
-    for name in tensors:
-        if name not in known:
-            refuse(path, f"holds `{name}`, which is not of its prompts 0 to {len(prompts) - 1}")
+    if strange := sorted(tensors.keys() - known):
+        refuse(path, f"holds `{strange[0]}`, which is not of its prompts 0 to {len(prompts) - 1}")
     return Golden(about, config, prompts)
 
 
@@ -156,10 +154,11 @@ def read_prompt(path, tensors: dict, prefix: str, config: dict, has_mtp: bool) -
             found[name] = tensors[prefix + name]
             check_tensor(path, prefix + name, found[name], letters, sizes)
 
-    take(TOKENS.items())
-    L, positions = sizes["L"], np.array(found["positions"])
-    if L < LEAST_TOKENS:
+    take([("ids", "L")])
+    if (L := sizes["L"]) < LEAST_TOKENS:
         refuse(path, f"has {L} tokens in `{prefix}ids`; {LEAST_TOKENS} are needed")
+    take([("positions", "P")])
+    positions = np.array(found["positions"])
     if positions[:1].tolist() != [0]:
         refuse(path, f"has `{prefix}positions` that do not begin with 0")
     sizes["T"] = L - 1

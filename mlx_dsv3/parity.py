@@ -197,19 +197,18 @@ def print_text(label: str, text: Text) -> None:
 def check_plot(file: Path) -> None:
     """Refuse, before minutes of replay, a picture that cannot be drawn or written."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-    except ImportError:
-        raise UserError("`--plot` needs matplotlib", "pip install 'mlx-dsv3[plot]'") from None
-    kind = file.suffix.lstrip(".").lower()
-    if kind not in FigureCanvasAgg.get_supported_filetypes():
-        raise UserError(f"`--plot` has no picture format in its name, `{file}`", PLOT_HINT)
-    try:
         is_new = not os.path.lexists(file)
         file.open("a").close()
         if is_new:
             file.unlink()
     except OSError as error:
-        raise UserError(f"`--plot` cannot write `{file}`: {error.strerror}", PLOT_HINT) from None
+        raise UserError(f"`{file}` cannot be written: {error.strerror}", PLOT_HINT) from None
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+    except ImportError:
+        raise UserError("`--plot` needs matplotlib", "pip install 'mlx-dsv3[plot]'") from None
+    if file.suffix.lstrip(".").lower() not in FigureCanvasAgg.get_supported_filetypes():
+        raise UserError(f"`{file}` is no name of a picture", PLOT_HINT)
 
 
 PLOT_HINT = "give `--plot` a file like `depth.png` in a folder that you may write to"
@@ -253,12 +252,18 @@ def perplexity(args: argparse.Namespace) -> int:
     if not file.is_file():
         raise UserError(f"`{file}` is no file", "give a text file in UTF-8")
     folder, config = args.folder, args.folder.config
+    bos, size = config.get("bos_token_id"), folder.args.vocab_size
+    if bos is not None and (type(bos) is not int or not 0 <= bos < size):
+        raise UserError(  # the tokenizer is checked; an id beyond it would read foreign memory
+            f"config.json of `{args.model}` has `bos_token_id` = `{bos}`; "
+            f"the model has ids 0 to {size - 1}",
+            "copy config.json from the model's page on the hub",
+        )
     tokenizer = load_checked_tokenizer(folder.path, folder.args, config, False)
     model, _, store, *_ = load_with_flags(args)
     text = file.read_text(encoding="utf-8")
     try:
         ids = tokenizer.encode(text, add_special_tokens=False)
-        bos = config.get("bos_token_id")
         if bos is not None and ids[:1] == [bos]:
             ids = ids[1:]
         if len(ids) < 2:

@@ -239,19 +239,40 @@ def test_report_for_people(converted, capsys):
     assert parity.main([str(converted("q8")), str(FP8)]) == 0
     out = capsys.readouterr().out
     assert "golden  demo/checkpoint, fp8 on cpu" in out and "recipe q8" in out
+    assert ", 1 prompt, 63 tokens\n" in out
     for word in ("embedding", "layer 3 attention", "MTP norm", "perplexity", "within the bounds"):
         assert word in out
 
 
 def test_plot_without_matplotlib(converted, monkeypatch, tmp_path):
-    """The extra is named; nothing is drawn halfway."""
+    """M7: the extra is named before the model is loaded; the report used to be lost."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
+    forbid_loading(monkeypatch)
     with pytest.raises(UserError, match="`--plot` needs matplotlib"):
         parity.main([str(converted("q8")), str(FLOAT32), "--plot", str(tmp_path / "a.png")])
 
 
+@pytest.mark.parametrize("name", ["absent/a.png", "folder.png"])
+def test_a_plot_that_cannot_be_written(converted, monkeypatch, tmp_path, name):
+    """M7: the replay ran to its end, then a traceback and no report."""
+    forbid_loading(monkeypatch)
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(UserError, match=f"{name}` cannot be written: "):
+        parity.main([str(converted("q8")), str(FP8), "--plot", str(tmp_path / name)])
+
+
+@pytest.mark.parametrize("name", ["a.doc", "a"])
+def test_a_plot_without_a_format(converted, monkeypatch, tmp_path, name):
+    """M7: a ValueError of matplotlib after the replay; nothing is left behind."""
+    pytest.importorskip("matplotlib")
+    forbid_loading(monkeypatch)
+    with pytest.raises(UserError, match="is no name of a picture"):
+        parity.main([str(converted("q8")), str(FP8), "--plot", str(tmp_path / name)])
+    assert not list(tmp_path.iterdir())
+
+
 def test_plot(converted, tmp_path, capsys):
-    """A picture of error and routing over depth."""
+    """A picture of error and routing over depth, after the report."""
     pytest.importorskip("matplotlib")
     file = tmp_path / "depth.png"
     assert parity.main([str(converted("q8")), str(FLOAT32), "--plot", str(file)]) == 0
@@ -277,17 +298,25 @@ def test_a_folder_without_the_mtp_module(converted, capsys, tmp_path):
         (["{q8}", "{q8}/mtp.safetensors"], "is no golden file of format 1"),
         (["{q8}", str(LONG), "--teacher-forced"], "needs the states of every position"),
         (["absent", str(LONG)], "`absent` is no folder"),
+        (["{q8}", str(FP8), "--bounds", "q9"], "`--bounds`: invalid choice: 'q9'"),
+        (["{q8}"], "the following arguments are required: golden"),
         (["perplexity", "{q8}", "absent.txt"], "`absent.txt` is no file"),
     ],
 )
-def test_refusals(converted, argv, message):
-    """Exit status 2 and one sentence each."""
+def test_refusals(converted, monkeypatch, argv, message):
+    """Exit status 2 and one sentence each, before minutes of loading (M7)."""
+    forbid_loading(monkeypatch)
     with pytest.raises(UserError, match=message):
         parity.main([word.replace("{q8}", str(converted("q8"))) for word in argv])
 
 
-def test_another_model_is_refused(converted, tmp_path):
+def forbid_loading(monkeypatch) -> None:
+    monkeypatch.setattr(parity, "load_with_flags", lambda *_, **__: pytest.fail("it loads"))
+
+
+def test_another_model_is_refused(converted, monkeypatch, tmp_path):
     """Shapes that differ would raise somewhere inside; equal shapes would merely be wrong."""
+    forbid_loading(monkeypatch)
     with safe_open(FLOAT32, "np") as file:
         about = file.metadata()
     about["config"] = json.dumps(json.loads(about["config"]) | {"n_routed_experts": 256})
@@ -315,6 +344,21 @@ def test_perplexity_is_that_of_the_replay(converted, replay, capsys):
     assert parity.main([*argv[:-1], "2048", "--json"]) == 0
     long = json.loads(capsys.readouterr().out)
     assert short["tokens"] == long["tokens"] and short["perplexity"] > long["perplexity"]
+
+
+@pytest.mark.parametrize("bos", [1152, 2_000_000_000, -1, "0", [0], True])
+def test_perplexity_refuses_a_bos_beyond_the_vocabulary(converted, monkeypatch, tmp_path, bos):
+    """It is the only id that comes from config.json: the process ended in a segmentation fault."""
+    forbid_loading(monkeypatch)
+    folder = tmp_path / "q8"
+    folder.mkdir()
+    for file in converted("q8").iterdir():
+        (folder / file.name).symlink_to(file)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config | {"bos_token_id": bos}))
+    with pytest.raises(UserError, match="has `bos_token_id` = .*; the model has ids 0 to 1151"):
+        parity.main(["perplexity", str(folder), str(GOLDEN / "chat.txt")])
 
 
 def test_perplexity_ranks_recipes(converted, capsys):
@@ -361,6 +405,16 @@ def test_measures_see_what_they_are_for():
     assert measure(channel).channel > 0.3 > 3 * measure(channel).error
     row[3, 0] = np.nan
     assert measure(row).error == measure(row).worst == np.inf
+
+
+def test_infinities_are_differences():
+    """What a file may hold: numpy warned of `inf / inf` and of a perplexity beyond float64."""
+    states = normal(8, 32)
+    states[3, 5] = np.inf
+    stage = Stage("x")
+    stage.add(mx.array(normal(8, 32)), mx.array(states), np.ones(8, bool))
+    assert stage.error == stage.worst == stage.channel == np.inf
+    assert Text(losses=[1.0], golden_losses=[1e30]).perplexities[1] == np.inf
 
 
 def test_divergence_is_the_whole_one():
