@@ -28,7 +28,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         message = re.sub(r"^argument (\S+): ", r"`\1`: ", " ".join(message.split()))
-        raise UserError(message, f"`python {self.prog} --help` lists the options")
+        command = self.prog.removeprefix("python ")
+        raise UserError(message, f"`python {command} --help` lists the options")
 
 
 def run_main(main: Callable[[], int | None]) -> int:

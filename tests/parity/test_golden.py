@@ -11,10 +11,12 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+import tiny
 
 from mlx_dsv3 import bounds, golden
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.golden import read_golden
+from mlx_dsv3.reference import record
 
 LONG = Path(__file__).parents[1] / "golden" / "demo-fp8-long.safetensors"
 
@@ -61,6 +63,32 @@ def replace(name: str, make):
             tensors[name] = tensor
 
     return change
+
+
+# What `record` may leave: no MTP module, every layer dense, MoE in every other layer, no choice
+# of experts (margins are infinite).
+RECORDED = [
+    tiny.A,
+    tiny.A | {"num_nextn_predict_layers": 0},
+    tiny.A | {"first_k_dense_replace": 4},
+    tiny.A | {"first_k_dense_replace": 0, "moe_layer_freq": 2},
+    tiny.B | {"num_experts_per_tok": 16},
+]
+
+
+@pytest.mark.parametrize("config", RECORDED, ids=["A", "no-mtp", "dense", "every-other", "all"])
+@pytest.mark.parametrize("arithmetic", ["float32", "bf16"])
+def test_what_record_writes_is_read(tmp_path, config, arithmetic):
+    """Writer and reader share no code: neither may state another format than the other."""
+    folder, out = tiny.write_hub(tmp_path / "hub", config, storage="bf16"), tmp_path / "out"
+    argv = [str(folder), str(out), "--device", "cpu", "--arithmetic", arithmetic]
+    for p, ids in enumerate(([1, 2, 3], list(range(40, 81)))):
+        (tmp_path / f"{p}.json").write_text(json.dumps(ids))
+        argv += ["--prompt-file", str(tmp_path / f"{p}.json")]
+    assert record.main(argv) == 0
+    found = read_golden(out)
+    assert found.num_tokens == 44 and len(found.prompts[1]["positions"]) == 16
+    assert ("mtp.norm" in found.prompts[0]) == (config["num_nextn_predict_layers"] == 1)
 
 
 VALUES = [
@@ -191,7 +219,13 @@ def test_a_config_that_is_no_object(changed, text):
 def test_a_field_of_the_report_is_missing(changed, field):
     """H4: a KeyError after the replay, and no report."""
     found = refused(changed(lambda tensors, about, config: about.pop(field)))
-    assert found == f"does not say its `{field}`"
+    assert found == f"has no readable `{field}` in its metadata"
+
+
+def test_metadata_for_the_terminal(changed):
+    """The report prints it: an escape sequence would clear the screen, or worse."""
+    found = refused(changed(lambda tensors, about, config: about.update(device="\x1b[2Jcpu")))
+    assert found == "has no readable `device` in its metadata"
 
 
 def test_arithmetic_without_bounds(changed):

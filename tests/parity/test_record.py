@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.reference import golden, record, stream, weights
+from mlx_dsv3.reference import generate, golden, record, stream, weights
 from mlx_dsv3.reference.fp8 import Fp8Linear
 from mlx_dsv3.reference.model import MoE
 
@@ -355,6 +355,14 @@ def test_refusals(source, tmp_path, more, message):
     with pytest.raises(UserError, match=message):
         record.main([*argv, *(word.replace("{tmp}", str(tmp_path)) for word in more)])
     assert not Path(argv[1]).exists()
+
+
+@pytest.mark.parametrize("program", [record, generate], ids=lambda program: program.__name__)
+def test_a_wrong_flag_is_one_sentence(program):
+    """argparse printed its usage, and another form of message than the rest of the program."""
+    with pytest.raises(UserError, match="`--matmul`: invalid choice: 'fast'") as caught:
+        program.main(["folder", "--matmul", "fast"])
+    assert caught.value.hint == f"`python -m {program.__name__} --help` lists the options"
 
 
 def test_an_existing_golden_file_stays(source):

@@ -310,6 +310,14 @@ def test_refusals(converted, monkeypatch, argv, message):
         parity.main([word.replace("{q8}", str(converted("q8"))) for word in argv])
 
 
+def test_a_wrong_flag_is_one_sentence(capsys):
+    """As in chat: argparse printed its usage instead."""
+    assert run_main(lambda: parity.main(["model", "golden", "--dtype", "float16"])) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: `--dtype`: invalid choice: 'float16'")
+    assert err.endswith("hint: `python -m mlx_dsv3.parity --help` lists the options\n")
+
+
 def forbid_loading(monkeypatch) -> None:
     monkeypatch.setattr(parity, "load_with_flags", lambda *_, **__: pytest.fail("it loads"))
 
