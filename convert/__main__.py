@@ -91,6 +91,18 @@ def make_plan(args: argparse.Namespace) -> tuple[Plan, Repo | None]:
     return build(source, recipe, "stacked" if args.stacked else "records"), repo
 
 
+def keep_revision(args: argparse.Namespace, destination: Destination, progress: Progress) -> None:
+    """Without `--revision`, go on with the one that a conversion from this repository began with.
+
+    The hub may have moved on since; files of two revisions would be mixed.
+    """
+    source = (destination.unfinished().head or {}).get("source") or {}
+    if args.revision or Path(args.source).exists() or source.get("id") != args.source:
+        return
+    args.revision = source["revision"]
+    progress.note(f"going on with revision `{args.revision}`, with which this conversion began")
+
+
 def plan_command(args: argparse.Namespace) -> None:
     """Print what `run` would do."""
     plan, repo = make_plan(args)
@@ -102,15 +114,16 @@ def plan_command(args: argparse.Namespace) -> None:
 
 def run_command(args: argparse.Namespace) -> None:
     """Convert, or say that it is done already."""
-    progress = Progress(choose_style(args.json))
-    (plan, repo), destination = make_plan(args), Destination(args.dest)
+    progress, destination = Progress(choose_style(args.json)), Destination(args.dest)
+    keep_revision(args, destination, progress)
+    plan, repo = make_plan(args)
     if plan.source.args.has_mtp and not plan.with_mtp:
         progress.note("config.json announces an MTP layer and the shards hold none: going without")
     if (mtp := plan.recipe.by_role["mtp"]) and plan.with_mtp and mtp.bits < 8:
         progress.note(
             f"the recipe gives the MTP layer {mtp.bits} bits: few drafts will be accepted"
         )
-    if destination.is_complete(plan.digest):
+    if destination.is_complete(plan.digest, plan.identity):
         progress.note(f"`{args.dest}` was converted already")
         return
     shards = shards_from(args, plan, repo, destination)
@@ -138,6 +151,7 @@ def shards_from(args, plan: Plan, repo: Repo | None, destination: Destination) -
 def mtp_command(args: argparse.Namespace) -> None:
     """Add the sidecar to a folder."""
     progress, destination = Progress(choose_style(args.json)), Destination(args.dest)
+    keep_revision(args, destination, progress)
     source, _ = open_source(args, mtp_prefix_of)
     plan = plan_sidecar(source, args.dest)
     destination.check_space(plan.nbytes)

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from convert.identity import Identity, changed_shards
 from convert.journal import Journal
 from convert.progress import size
 from convert.writer import sync_folder
@@ -32,8 +33,12 @@ class Destination:
         self.journal: Journal | None = None
         self._lock = None
 
-    def is_complete(self, digest: str) -> bool:
-        """Say whether a conversion with this plan's digest is finished here.
+    def unfinished(self) -> Journal:
+        """Return the journal as it stands, empty where none is; takes no lock."""
+        return Journal(self.partial / JOURNAL)
+
+    def is_complete(self, digest: str, identity: Identity) -> bool:
+        """Say whether a conversion with this plan's digest and this source is finished here.
 
         Raises `UserError` when the folder holds anything but our own unfinished work.
         """
@@ -45,7 +50,7 @@ class Destination:
         if PARTIAL in names and (self.partial / JOURNAL).exists():
             return False
         if {RECORD_FILE, "config.json"} <= names:
-            return self._is_ours(digest, names)
+            return self._is_ours(digest, identity, names)
         if names - {PARTIAL}:
             raise UserError(
                 f"`{self.folder}` holds something else (`{min(names - {PARTIAL})}`)",
@@ -53,13 +58,24 @@ class Destination:
             )
         return False
 
-    def _is_ours(self, digest: str, names: set[str]) -> bool:
+    def _is_ours(self, digest: str, identity: Identity, names: set[str]) -> bool:
         record = read_json(self.folder / RECORD_FILE)
+        recipe = (record.get("recipe") or {}).get("name")
+        finished = f"`{self.folder}` holds a finished conversion (recipe `{recipe}`) "
         if record.get("plan") != digest:
-            recipe = (record.get("recipe") or {}).get("name")
             raise UserError(
-                f"`{self.folder}` holds a finished conversion (recipe `{recipe}`) "
-                "of another source, recipe or layout",
+                finished + "of another source, recipe or layout", "choose another folder"
+            )
+        source = record.get("source") or {}
+        is_same = identity.is_that_of(source)
+        if is_same is None:
+            raise UserError(
+                finished + "by an earlier version, which did not note whose weights they are",
+                f"`python -m convert verify {self.folder} --source SOURCE` compares them",
+            )
+        if not is_same:
+            raise UserError(
+                finished + f"of another source ({place(source)}): headers like these, other weights",
                 "choose another folder",
             )
         if PARTIAL in names:  # killed after the journal went and before the folder did
@@ -69,8 +85,9 @@ class Destination:
     def open(self, head: dict) -> None:
         """Create `.partial`, take its lock and read its journal.
 
-        `head` says what this run is (recipe, plan, MLX version, device) and must be that of the
-        run which began here. Raises `UserError` when it is not, or when that run is still alive.
+        `head` says what this run is (recipe, plan, source, MLX version, device) and must be that
+        of the run which began here, but for some shards that were changed since. Raises
+        `UserError` when it is not, or when that run is still alive.
         """
         self.partial.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.partial / LOCK, "w")
@@ -82,12 +99,16 @@ class Destination:
                 "wait for it, or stop it and repeat this command",
             ) from None
         self.journal = Journal(self.partial / JOURNAL)
-        begun = self.journal.head
-        if begun is not None and begun != head:
-            raise UserError(*_disagreement(self.folder, begun, head, self.journal))
+        if self.journal.head not in (None, head):
+            refuse_disagreement(self.folder, head, self.journal)
 
     def check_space(self, nbytes: int) -> None:
-        """Refuse a disk that cannot hold `nbytes`, counting what is written here already."""
+        """Refuse a disk that cannot hold `nbytes`, counting what is written here already.
+
+        A conversion killed while it renamed its files has written everything.
+        """
+        if self.unfinished().is_finishing:
+            return
         parent = next(
             path for path in (self.folder, *self.folder.absolute().parents) if path.exists()
         )
@@ -136,24 +157,67 @@ class Destination:
             self._lock.close()
 
 
-def _disagreement(folder: Path, begun: dict, head: dict, journal: Journal) -> tuple[str, str]:
-    """Say in what this run differs from the one that began in the folder."""
+def place(source: dict) -> str:
+    """Say in words where a recorded source lay."""
+    if source.get("id"):
+        return f"`{source['id']}` at revision `{source['revision']}`"
+    return "a folder"
+
+
+def refuse_disagreement(folder: Path, head: dict, journal: Journal) -> None:
+    """Refuse a run that is another than the one that began, and say in what it differs.
+
+    Shards of a folder may be other files than at the beginning as long as nothing, or not
+    everything, that is done came from such: the run converts again what they gave.
+    """
+    begun, num_done = journal.head, len(journal.done) + len(journal.unsynced)
+    conversion, other_folder = f"`{folder}` holds a conversion begun ", "choose another folder"
     if begun["recipe"] != head["recipe"]:
-        num_done = len(journal.done) + len(journal.unsynced)
-        return (
-            f"`{folder}` holds a conversion begun with recipe `{begun['recipe']}` "
+        raise UserError(
+            conversion + f"with recipe `{begun['recipe']}` "
             f"({num_done:,} of {begun['units']:,} pieces done); this run asks for "
             f"`{head['recipe']}`",
-            f"repeat with `--recipe {begun['recipe']}` to resume, or choose another folder",
+            f"repeat with `--recipe {begun['recipe']}` to resume, or {other_folder}",
         )
-    for key, word in (("revision", "revision"), ("mlx", "MLX"), ("device", "device")):
+    for key, word in (("mlx", "MLX"), ("device", "device")):
         if begun[key] != head[key]:
-            return (
-                f"`{folder}` holds a conversion begun with {word} `{begun[key]}`; "
-                f"this run has `{head[key]}`",
-                "go on as it was begun, or choose another folder",
+            raise UserError(
+                conversion + f"with {word} `{begun[key]}`; this run has `{head[key]}`",
+                f"go on as it was begun, or {other_folder}",
             )
-    return (
-        f"`{folder}` holds a conversion begun from another source, recipe or layout",
-        "repeat the command as it was begun, or choose another folder",
+    if begun["plan"] != head["plan"]:
+        raise UserError(
+            conversion + "from another source, recipe or layout",
+            f"repeat the command as it was begun, or {other_folder}",
+        )
+    refuse_other_source(folder, head, journal, num_done)
+
+
+def refuse_other_source(folder: Path, head: dict, journal: Journal, num_done: int) -> None:
+    """Refuse weights that cannot be those which the conversion in `folder` has read so far."""
+    conversion, anew = f"`{folder}` holds a conversion begun ", f"delete `{folder / PARTIAL}`"
+    theirs, ours = journal.head.get("source"), head["source"]
+    if theirs is None:
+        raise UserError(
+            conversion + "by an earlier version, which did not note whose weights it read",
+            f"{anew} to begin anew, or choose another folder",
+        )
+    if place(theirs) != place(ours):
+        flags = f" with `--revision {theirs['revision']}`" if theirs["revision"] else ""
+        raise UserError(
+            conversion + f"from {place(theirs)}; this run reads {place(ours)}",
+            f"repeat the command as it was begun{flags} to resume, or choose another folder",
+        )
+    changed = changed_shards(journal.head, head)
+    if not journal.is_finishing and (not num_done or 0 < len(changed) < len(head["files"])):
+        return
+    if theirs != ours:
+        raise UserError(
+            conversion + "from another source: headers like these, other weights",
+            f"repeat with that source, or {anew} to begin anew",
+        )
+    raise UserError(
+        f"`{changed[0]}` is not the file that the conversion in `{folder}` has read: "
+        "its size or time is another",
+        f"put that one back with its time (`cp -p`), or {anew} to begin anew",
     )

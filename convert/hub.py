@@ -9,6 +9,7 @@ from convert.source import (
     INDEX_FILE,
     SINGLE_FILE,
     Source,
+    Tensor,
     check_index,
     read_header,
     read_index,
@@ -41,7 +42,9 @@ def open_repo(repo: Repo, prefix: Callable[[dict], str] = lambda _: "") -> Sourc
         headers = dict(zip(shards, pool.map(repo.header, shards), strict=True))
     source = Source(folder, config, headers)
     source.repo_id, source.revision = repo.repo_id, repo.revision
+    source.sha256_of = {shard: repo.sha256[shard] for shard in shards if shard in repo.sha256}
     source.path_of = lambda shard: fetch_checked(repo, source, shard, None)
+    source.read_small = lambda name: read_range(repo, source.tensors[name])
     check_index(source, shards)
     return source
 
@@ -57,6 +60,10 @@ def fetch_checked(repo: Repo, source: Source, shard: str, folder: Path | None) -
             "repeat the same command to fetch it again",
         )
     return path
+
+
+def read_range(repo: Repo, tensor: Tensor) -> bytes:
+    return repo.read(tensor.shard, tensor.start, tensor.nbytes)
 
 
 def missing_in_cache(repo: Repo, source: Source) -> int:

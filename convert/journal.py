@@ -9,6 +9,7 @@ not written. Knows neither the plan nor the output files.
 import json
 import os
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,22 +50,26 @@ class Journal:
                 continue
             if "head" in entry:
                 self.head = entry["head"]
+                self._forget(entry.get("again", ()))
             self.is_finishing = self.is_finishing or "finishing" in entry
             for index in entry.get("synced", ()):
                 self.done[index] = self.unsynced.pop(index)
             self._synced_bytes = place
 
-    def begin(self, head: dict) -> dict[int, Done]:
+    def begin(self, head: dict, again: Iterable[int] = ()) -> dict[int, Done]:
         """Open for appending and return the units that must be read back before they count.
 
-        What follows the last synced line is cut off; the caller adds again what it confirms.
+        What follows the last synced line is cut off; the caller adds again what it confirms. The
+        units `again` are forgotten, in the line that makes `head` the journal's.
         """
+        again = list(again)
+        self._forget(again)
         unconfirmed, self.unsynced = self.unsynced, {}
         self._file = open(self.path, "r+b" if self.path.exists() else "w+b", buffering=0)
         self._cut()
-        if self.head is None:
+        if self.head != head:
             self.head = head
-            self._append({"head": head})
+            self._append({"head": head, "again": again} if again else {"head": head})
             self._commit()
         return unconfirmed
 
@@ -89,6 +94,11 @@ class Journal:
         """Forget what no mark covers: after a failed sync nobody knows what reached the disk."""
         self.unsynced.clear()
         self._cut()
+
+    def _forget(self, units: Iterable[int]) -> None:
+        for index in units:
+            self.done.pop(index, None)
+            self.unsynced.pop(index, None)
 
     def close(self) -> None:
         if self._file:

@@ -64,13 +64,8 @@ def conversion_record(plan: Plan, done: dict[int, Done], files: dict[str, dict])
     """Return conversion.json; `digest` covers everything else in it."""
     record = {
         "format": FORMAT,
-        "source": {
-            "id": plan.source.repo_id,
-            "revision": plan.source.revision,
-            "headers_sha256": plan.source.headers_sha256,
-            "tensors": len(plan.source.tensors),
-            "bytes": plan.source.nbytes,
-        },
+        "source": plan.identity.record()
+        | {"tensors": len(plan.source.tensors), "bytes": plan.source.nbytes},
         "recipe": plan.recipe.as_dict(),
         "layout": plan.layout,
         "plan": plan.digest,

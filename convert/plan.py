@@ -3,7 +3,8 @@
 `build` turns a checked source into output files (every tensor at its final place) and units of
 work (what one worker reads, converts and writes at once: an expert, a tensor, or a block of rows of
 a large tensor). It is pure: no file is touched and nothing is evaluated. The digest covers the
-source's headers, the recipe and every byte range, so that equal digests mean equal output.
+source's headers, the recipe and every byte range: with the source's `identity`, which tells what
+lies behind equal headers, it says what the output is.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
+from convert.identity import Identity
 from convert.layout import (
     NEVER_QUANTIZED,
     HubTensor,
@@ -50,6 +52,10 @@ class Plan:
     @property
     def nbytes(self) -> int:
         return sum(file.nbytes for file in self.files.values())
+
+    @cached_property
+    def identity(self) -> Identity:
+        return Identity(self.source)
 
     @cached_property
     def digest(self) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from convert.destination import JOURNAL, LOCK, RECORD_FILE, Destination
+from convert.identity import changed_shards
 from convert.journal import Done
 from convert.metadata import (
     conversion_record,
@@ -27,9 +28,10 @@ from convert.metadata import (
     write_small_files,
 )
 from convert.outputs import Unit
-from convert.plan import Plan
+from convert.plan import Plan, shards_of
 from convert.progress import Progress
 from convert.shards import Shards
+from convert.source import stamp
 from convert.transform import Derived, Raw, derive, read_unit
 from convert.writer import Writer, flush_file, is_full_disk, sync_folder
 from mlx_dsv3.errors import UserError
@@ -57,7 +59,8 @@ def run(
     mx.set_cache_limit(CACHE_BYTES)
     head = {
         "recipe": plan.recipe.name,
-        "revision": plan.source.revision,
+        "source": plan.identity.record(),
+        "files": plan.source.stamps,
         "plan": plan.digest,
         "units": len(plan.units),
         "mlx": mx.__version__,
@@ -119,14 +122,16 @@ class _Run:
         if not self.journal.is_finishing:
             self.resume(head)
             self.convert()
+            self.refuse_changes()
             self.complete_folder(small_files)
             self.journal.mark_finishing()
         names = {path.name for path in self.destination.partial.iterdir() if path.is_file()}
         self.destination.publish(sorted(names - {JOURNAL, LOCK}))
 
     def resume(self, head: dict) -> None:
-        """Lay out the files, and read back what no sync has confirmed."""
-        unconfirmed = self.journal.begin(head)
+        """Lay out the files, forget what changed shards gave, read back what no sync confirmed."""
+        again = self.read_from(changed_shards(self.journal.head or head, head))
+        unconfirmed = self.journal.begin(head, again)
         self.writer.lay_out()
         sync_folder(self.destination.partial)
         for index, done in unconfirmed.items():
@@ -135,6 +140,14 @@ class _Run:
         self.sync_now()
         finished = sum(self.plan.units[index].nbytes for index in self.journal.done)
         self.progress.start(sum(unit.nbytes for unit in self.plan.units), finished)
+
+    def read_from(self, shards: list[str]) -> list[int]:
+        """Return the units that read from these shards, and say that they come again."""
+        units = [unit for unit in self.plan.units if shards_of(self.plan.source, unit) & {*shards}]
+        if units:
+            more = f" and {len(shards) - 1} more were" if shards[1:] else " was"
+            self.progress.note(f"`{shards[0]}`{more} changed: converted again from there")
+        return [unit.index for unit in units]
 
     def convert(self) -> None:
         """Push every unit that is not done through reading, deriving and writing."""
@@ -201,6 +214,16 @@ class _Run:
         with ThreadPoolExecutor(1) as syncer:
             self.start_sync(syncer)
         self.end_sync()
+
+    def refuse_changes(self) -> None:
+        """Refuse shards that were changed while they were read: nobody knows which units saw it."""
+        for shard, begun in self.plan.source.stamps.items():
+            path = self.plan.source.path_of(shard)
+            if not path.exists() or stamp(path) != begun:
+                raise UserError(
+                    f"`{shard}` was changed while it was converted",
+                    "repeat the same command to convert it again",
+                )
 
     def complete_folder(self, small_files: Callable[[Plan, Path], list[str]]) -> None:
         """Write everything that is no tensor, conversion.json last, and bring it to the disk."""

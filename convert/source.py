@@ -137,6 +137,9 @@ class Source:
         self.args = ModelArgs.from_dict(config)
         self.block = block_size(config)
         self.repo_id = self.revision = None
+        self.sha256_of: dict[str, str] = {}  # of shards, where the hub tells it
+        self.stamps: dict[str, list[int]] = {}  # shard -> size and mtime_ns, in a folder
+        self.read_small: Callable[[str], bytes] = self.read  # also before a shard is here
         self.shard_bytes = {shard: size for shard, (_, size) in headers.items()}
         self.tensors: dict[str, Tensor] = {}
         digest = hashlib.sha256()
@@ -165,6 +168,12 @@ class Source:
             row_bytes = nbytes // tensor.shape[0]
             start, nbytes = start + rows[0] * row_bytes, (rows[1] - rows[0]) * row_bytes
         return read_bytes(self.path_of(tensor.shard), start, nbytes)
+
+
+def stamp(path: Path) -> list[int]:
+    """Return a file's size and the time of its last change in ns, a list as in JSON."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
 
 
 def block_size(config: dict) -> tuple[int, int]:
@@ -217,10 +226,10 @@ def open_folder(folder: Path, prefix: Callable[[dict], str] = lambda _: "") -> S
             f"`{missing[0]}` is missing in `{folder}` ({len(missing)} of {len(shards)} shards)",
             "fetch the missing shards; nothing is converted from an incomplete checkpoint",
         )
-    headers = {
-        shard: (read_header(folder / shard), (folder / shard).stat().st_size) for shard in shards
-    }
+    stamps = {shard: stamp(folder / shard) for shard in shards}
+    headers = {shard: (read_header(folder / shard), stamps[shard][0]) for shard in shards}
     source = Source(folder, config, headers)
+    source.stamps = stamps
     check_index(source, shards)
     return source
 

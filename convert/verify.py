@@ -98,10 +98,13 @@ def is_finite(path: Path, tensor: Tensor) -> bool:
 def plan_again(record: dict, source: Source) -> Plan:
     """Plan the recorded conversion from its source; refuse a source that is another one."""
     plan = build(source, recipes.from_dict(record["recipe"], RECORD_FILE), record["layout"])
-    if plan.digest != record["plan"]:
+    recorded = record.get("source") or {}
+    if plan.digest != record["plan"] or plan.identity.is_that_of(recorded) is False:
+        where = "the folder that was converted"
+        if recorded.get("id"):
+            where = f"`--source {recorded['id']} --revision {recorded['revision']}`"
         raise UserError(
-            f"the source is not the one that {RECORD_FILE} was made from",
-            "compare `revision` in conversion.json with the checkpoint's",
+            f"the source is not the one that {RECORD_FILE} was made from", f"give {where}"
         )
     return plan
 

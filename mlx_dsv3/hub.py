@@ -62,11 +62,11 @@ class Repo:
     ):
         from huggingface_hub import HfApi
 
-        self.repo_id = repo_id
+        self.repo_id, self.revision = repo_id, revision
         info = self.ask(
             lambda: HfApi().model_info(repo_id, revision=revision, files_metadata=True), waits
         )
-        self.revision: str = info.sha
+        self.revision = info.sha
         self.sizes = {file.rfilename: file.size for file in info.siblings}
         self.sha256 = {file.rfilename: file.lfs.sha256 for file in info.siblings if file.lfs}
 
@@ -85,20 +85,29 @@ class Repo:
     def header(self, shard: str) -> tuple[bytes, int]:
         """Return a shard's header and size; reads its first bytes and no more."""
         size = self.sizes[shard]
-        first = self.ask(partial(self._range, shard, FIRST_BYTES))
+        first = self.read(shard, 0, FIRST_BYTES)
         length = header_length(first[:8], shard, size)
         if len(first) < 8 + length:
-            first = self.ask(partial(self._range, shard, 8 + length))
+            first = self.read(shard, 0, 8 + length)
         return first[8 : 8 + length], size
 
-    def _range(self, shard: str, count: int) -> bytes:
+    def read(self, shard: str, start: int, count: int) -> bytes:
+        """Return at most `count` bytes of a shard from `start` on, by one request."""
+        return self.ask(partial(self._range, shard, start, count))
+
+    def _range(self, shard: str, start: int, count: int) -> bytes:
         from huggingface_hub.utils import get_session, hf_raise_for_status
 
         url, headers = self._request(shard)
-        headers["Range"] = f"bytes=0-{count - 1}"
+        headers["Range"] = f"bytes={start}-{start + count - 1}"
         data = b""
         with get_session().stream("GET", url, headers=headers) as response:
             hf_raise_for_status(response)
+            if start and response.status_code != 206:
+                raise UserError(
+                    f"the server of `{self.repo_id}` answers no requests for parts of a file",
+                    "fetch the checkpoint with `hf download` and give its folder",
+                )
             for chunk in response.iter_bytes():
                 data += chunk
                 if len(data) >= count:  # a server may ignore the range
@@ -164,7 +173,9 @@ class Repo:
                 ) from None
             except errors.RevisionNotFoundError:
                 raise UserError(
-                    f"`{self.repo_id}` has no such revision", "leave `--revision` away"
+                    f"`{self.repo_id}` has no revision `{self.revision}`",
+                    "check `--revision`; a conversion that began with a revision which is gone "
+                    "needs another folder",
                 ) from None
             except Exception as error:
                 reason = _passing_failure(error)

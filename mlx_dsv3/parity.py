@@ -96,9 +96,17 @@ def dtype_name(model) -> str:
 
 
 def same_source(golden: Golden, conversion: dict | None) -> bool | None:
-    """Say whether folder and golden file come from one set of shards; None where unknown."""
-    ours = (conversion or {}).get("source", {}).get("headers_sha256")
-    return None if ours is None else ours == golden.about["headers_sha256"]
+    """Say whether folder and golden file come from one set of weights; None where unknown.
+
+    Headers tell models of other shapes apart; norms and biases, V3 from V3-0324.
+    """
+    if conversion is None or conversion.get("layout") == "mtp":  # of some shards, or of none
+        return None
+    for key in ("headers_sha256", "source_sha256"):
+        ours = conversion.get("source", {}).get(key)
+        if ours is None or ours != golden.about[key]:
+            return None if ours is None else False
+    return True
 
 
 def as_json(golden: Golden, about: dict, verdict: Verdict) -> dict:
