@@ -21,13 +21,13 @@ from convert.run import run
 from convert.shards import DEFAULT_JOBS, Shards, disk_peak
 from convert.sidecar import mtp_prefix_of, plan_sidecar, write_config
 from convert.source import Source, open_folder
-from mlx_dsv3.errors import UserError, run_main
+from mlx_dsv3.errors import Parser, UserError, run_main
 from mlx_dsv3.hub import Repo, is_repo_id
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser; all defaults live here."""
-    root = argparse.ArgumentParser(
+    root = Parser(
         prog="python -m convert", description="Convert DeepSeek-V3 checkpoints to MLX folders."
     )
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -75,7 +75,8 @@ class Destination:
             )
         if not is_same:
             raise UserError(
-                finished + f"of another source ({place(source)}): headers like these, other weights",
+                finished + f"of another source ({place(source)}): "
+                "its headers are these, its weights are not",
                 "choose another folder",
             )
         if PARTIAL in names:  # killed after the journal went and before the folder did
@@ -213,7 +214,7 @@ def refuse_other_source(folder: Path, head: dict, journal: Journal, num_done: in
         return
     if theirs != ours:
         raise UserError(
-            conversion + "from another source: headers like these, other weights",
+            conversion + "from another source: its headers are these, its weights are not",
             f"repeat with that source, or {anew} to begin anew",
         )
     raise UserError(

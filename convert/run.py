@@ -146,7 +146,7 @@ class _Run:
         units = [unit for unit in self.plan.units if shards_of(self.plan.source, unit) & {*shards}]
         if units:
             more = f" and {len(shards) - 1} more were" if shards[1:] else " was"
-            self.progress.note(f"`{shards[0]}`{more} changed: converted again from there")
+            self.progress.note(f"`{shards[0]}`{more} changed: what came from there is redone")
         return [unit.index for unit in units]
 
     def convert(self) -> None:

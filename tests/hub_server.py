@@ -1,6 +1,7 @@
 """A server on this machine that speaks as much of the hub's protocol as its client asks for.
 
-It misbehaves on demand: cut connections, busy answers, closed doors. It serves one folder.
+It misbehaves on demand: cut connections, busy answers, closed doors. It serves one folder for each
+commit of one repository.
 """
 
 import hashlib
@@ -19,9 +20,9 @@ HEADER_RANGE = "bytes=0-262143"
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves one folder as a repository.
+    """Serves one folder as a repository; `push` makes another one its newest commit.
 
-    `faults` maps a file name to what goes wrong with requests for its data, one after the other:
+    `faults` maps a file name to what goes wrong with downloads of it, one after the other:
     ("cut", bytes) or ("status", code).
     """
 
@@ -30,10 +31,14 @@ class Hub(ThreadingHTTPServer):
     def __init__(self, folder: Path):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder = folder
+        self.commits, self.main = {COMMIT: folder}, COMMIT
         self.closed = None  # status for every request
         self.faults: dict[str, list[tuple[str, int]]] = {}
         self.requests: list[tuple[str, str, str | None]] = []
         self.bytes_sent: dict[str, int] = {}
+
+    def push(self, commit: str, folder: Path) -> None:
+        self.commits[commit], self.main = folder, commit
 
     @property
     def url(self) -> str:
@@ -57,18 +62,23 @@ class Handler(BaseHTTPRequestHandler):
         self.server.requests.append((self.command, path, self.headers["Range"]))
         if self.server.closed:
             return self.refuse(self.server.closed)
-        if re.fullmatch(f"/api/models/{REPO}(/revision/.+)?", path):
-            return self.send(json.dumps(describe(self.server.folder)).encode(), with_body)
-        match = re.fullmatch(f"/{REPO}/resolve/{COMMIT}/(.+)", path)
-        if not match or not (self.server.folder / match[1]).is_file():
+        commits = self.server.commits
+        if match := re.fullmatch(f"/api/models/{REPO}(?:/revision/(.+))?", path):
+            commit = self.server.main if match[1] in (None, "main") else match[1]
+            if commit not in commits:
+                return self.refuse(404, "RevisionNotFound")
+            about = describe(commits[commit]) | {"sha": commit}
+            return self.send(json.dumps(about).encode(), with_body)
+        match = re.fullmatch(f"/{REPO}/resolve/([0-9a-f]+)/(.+)", path)
+        if not match or not (commits.get(match[1], Path()) / match[2]).is_file():
             return self.refuse(404)
-        self.send_file(match[1], with_body)
+        self.send_file(*match.groups(), with_body)
 
-    def refuse(self, status: int):
+    def refuse(self, status: int, code: str | None = None):
         codes = {401: "RepoNotFound", 404: "RepoNotFound", 403: "GatedRepo"}
         self.send_response(status)
         if status in codes:
-            self.send_header("X-Error-Code", codes[status])
+            self.send_header("X-Error-Code", code or codes[status])
         self.send_header("Content-Length", "0")
         self.end_headers()
 
@@ -81,11 +91,11 @@ class Handler(BaseHTTPRequestHandler):
         if with_body:
             self.wfile.write(body)
 
-    def send_file(self, name: str, with_body: bool):
-        data = (self.server.folder / name).read_bytes()
+    def send_file(self, commit: str, name: str, with_body: bool):
+        data = (self.server.commits[commit] / name).read_bytes()
         headers = {
             "ETag": f'"{hashlib.sha256(data).hexdigest()}"',
-            "X_Repo_Commit": COMMIT,
+            "X_Repo_Commit": commit,
             "Accept_Ranges": "bytes",
         }
         status, body = 200, data
@@ -93,12 +103,12 @@ class Handler(BaseHTTPRequestHandler):
             begin, end = int(found[1]), min(int(found[2] or len(data)), len(data) - 1)
             body, status = data[begin : end + 1], 206
             headers["Content_Range"] = f"bytes {begin}-{end}/{len(data)}"
-        fault, is_header = None, self.headers["Range"] == HEADER_RANGE
-        if with_body and not is_header and self.server.faults.get(name):
+        fault, is_part = None, bool(found and found[2])  # headers and small tensors
+        if with_body and not is_part and self.server.faults.get(name):
             fault = self.server.faults[name].pop(0)
         if fault and fault[0] == "status":
             return self.refuse(fault[1])
-        if with_body and not is_header:
+        if with_body and not is_part:
             sent = fault[1] if fault else len(body)
             self.server.bytes_sent[name] = self.server.bytes_sent.get(name, 0) + sent
         if not fault:
@@ -129,7 +139,7 @@ def describe(folder: Path) -> dict:
 @contextmanager
 def serve(folder: Path) -> Iterator[Hub]:
     server = Hub(folder)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
@@ -143,6 +153,18 @@ def environment(server: Hub, home: Path) -> dict[str, str]:
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
+
+
+def know_only(server: Hub, home: Path, monkeypatch) -> None:
+    """Make this process know only this server, as `environment` does for another."""
+    from huggingface_hub import constants
+
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("mlx_dsv3.hub.WAITS_S", ())
 
 
 def shard_requests(server: Hub) -> list:

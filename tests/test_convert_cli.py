@@ -88,3 +88,22 @@ def test_a_low_mtp_override_is_warned_of(hub, tmp_path, capsys):
     assert "the recipe gives the MTP layer 4 bits" in capsys.readouterr().err
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization"]["model.layers.4.eh_proj"]["bits"] == 4
+
+
+@pytest.mark.parametrize(
+    ("argv", "message", "command"),
+    [
+        (["run", "a", "b", "--jobs", "x"], "`--jobs`: invalid int value: 'x'", " run"),
+        (["run", "a"], "the following arguments are required: DEST", " run"),
+        (["verify", "a", "--fast"], "unrecognized arguments: --fast", ""),
+        (["plan", "a", "--q-mode", "z"], "`--q-mode`: invalid choice: 'z'", " plan"),
+        (["convert"], "`COMMAND`: invalid choice: 'convert'", ""),
+        ([], "the following arguments are required: COMMAND", ""),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence(argv, message, command, capsys):
+    """It was argparse's usage in four lines, without a hint."""
+    assert run_main(lambda: main(argv)) == 2
+    output, errors = capsys.readouterr()
+    assert output == "" and errors.startswith(f"error: {message}") and "usage" not in errors
+    assert errors.endswith(f"\n\nhint: `python -m convert{command} --help` lists the options\n")

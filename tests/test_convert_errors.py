@@ -213,7 +213,22 @@ def test_destination_begun_with_another_recipe(hub, tmp_path, capsys):
     status, text = run(capsys, "run", broken, out)
     assert status == 2 and "another source" in text
     assert (out / ".partial" / "journal").read_bytes() == journal
-    assert run(capsys, "run", hub, out)[0] == 0, "a damaged shard, fetched again: it goes on"
+
+
+def test_a_damaged_shard_fetched_again(hub, tmp_path, capsys):
+    """What the other shards gave stays, and the message's hint leads to the end."""
+    name = "model.layers.4.enorm.weight"
+    index = json.loads((hub / INDEX).read_text())["weight_map"]
+    shard = hub / index[name]
+    good, tensors = shard.read_bytes(), load_file(shard)
+    save_file(tensors | {name: torch.full((64,), torch.nan).bfloat16()}, shard, {"format": "pt"})
+    status, text = run(capsys, "run", hub, tmp_path / "out")
+    assert status == 2 and "the shard is damaged" in text
+    shard.write_bytes(good)
+    assert run(capsys, "run", hub, tmp_path / "out")[0] == 0
+    assert run(capsys, "run", hub, tmp_path / "straight")[0] == 0
+    for path in (tmp_path / "straight").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_finished_destination(hub, tmp_path, capsys):

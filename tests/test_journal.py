@@ -105,6 +105,22 @@ def test_finishing_is_remembered(tmp_path):
     assert Journal(tmp_path / "journal").is_finishing
 
 
+def test_units_to_do_again_are_forgotten_with_the_new_head(tmp_path):
+    """In one line: after a kill, neither the old head's units nor the new head stand alone."""
+    path, head = tmp_path / "journal", {"recipe": "q4", "files": {}}
+    before = write(path, 4, 2)
+    journal = Journal(path)
+    assert set(journal.begin(head, [1, 5])) == {4}
+    assert set(journal.done) == {0, 2, 3}
+    journal.close()
+    again = Journal(path)
+    assert again.head == head and set(again.done) == {0, 2, 3}
+    path.write_bytes(path.read_bytes()[:-1])
+    torn = Journal(path)
+    assert torn.head == HEAD and set(torn.done) == {0, 1, 2, 3}
+    assert path.read_bytes()[:100] == before[:100]
+
+
 def test_an_unreadable_head_begins_anew(tmp_path):
     path = tmp_path / "journal"
     path.write_bytes(b"\0" * 100)
