@@ -103,9 +103,11 @@ def same_source(golden: Golden, conversion: dict | None) -> bool | None:
     if conversion is None or conversion.get("layout") == "mtp":  # of some shards, or of none
         return None
     for key in ("headers_sha256", "source_sha256"):
-        ours = conversion.get("source", {}).get(key)
-        if ours is None or ours != golden.about[key]:
-            return None if ours is None else False
+        ours, theirs = conversion.get("source", {}).get(key), golden.about.get(key)
+        if ours is None or theirs is None:
+            return None
+        if ours != theirs:
+            return False
     return True
 
 

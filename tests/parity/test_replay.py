@@ -59,6 +59,21 @@ def test_float32_conversion_equals_the_original(converted, replay, mode):
     assert len(names) == 2 * 4 + 6 and report["same_source"] is True
 
 
+def test_same_source_is_by_weights(converted):
+    """V3 and V3-0324 share every header, and passed for one source."""
+    golden = read_golden(FLOAT32)
+    conversion = json.loads((converted("float32") / "conversion.json").read_text())
+    assert parity.same_source(golden, conversion) is True
+
+    def seen(**source):
+        return parity.same_source(golden, conversion | {"source": conversion["source"] | source})
+
+    assert seen(source_sha256="0" * 64) is seen(headers_sha256="0" * 64) is False
+    assert seen(source_sha256=None) is None, "converted by an earlier version"
+    assert parity.same_source(golden, conversion | {"layout": "mtp"}) is None
+    assert parity.same_source(golden, None) is None
+
+
 @pytest.mark.parametrize("golden", [FLOAT32, FP8, LONG], ids=["float32", "fp8", "fp8-long"])
 @pytest.mark.parametrize("recipe", ["bf16", "q8", "q4"])
 def test_recipes_within_their_bounds(converted, replay, recipe, golden):
