@@ -196,29 +196,34 @@ def refuse_disagreement(folder: Path, head: dict, journal: Journal) -> None:
 
 def refuse_other_source(folder: Path, head: dict, journal: Journal, num_done: int) -> None:
     """Refuse weights that cannot be those which the conversion in `folder` has read so far."""
-    conversion, anew = f"`{folder}` holds a conversion begun ", f"delete `{folder / PARTIAL}`"
+    conversion, other_folder = f"`{folder}` holds a conversion begun ", "choose another folder"
+    begin_anew = f"delete `{folder / PARTIAL}` to begin anew, or {other_folder}"
+    if journal.is_finishing:  # some files have their final names already
+        begin_anew = other_folder
     theirs, ours = journal.head.get("source"), head["source"]
     if theirs is None:
         raise UserError(
             conversion + "by an earlier version, which did not note whose weights it read",
-            f"{anew} to begin anew, or choose another folder",
+            begin_anew,
         )
     if place(theirs) != place(ours):
         flags = f" with `--revision {theirs['revision']}`" if theirs["revision"] else ""
         raise UserError(
             conversion + f"from {place(theirs)}; this run reads {place(ours)}",
-            f"repeat the command as it was begun{flags} to resume, or choose another folder",
+            f"repeat the command as it was begun{flags} to resume, or {other_folder}",
         )
     changed = changed_shards(journal.head, head)
+    if theirs == ours and (journal.is_finishing or not changed):  # no shard is read any more
+        return
     if not journal.is_finishing and (not num_done or 0 < len(changed) < len(head["files"])):
         return
     if theirs != ours:
         raise UserError(
             conversion + "from another source: its headers are these, its weights are not",
-            f"repeat with that source, or {anew} to begin anew",
+            f"repeat with that source, or {begin_anew}",
         )
     raise UserError(
         f"`{changed[0]}` is not the file that the conversion in `{folder}` has read: "
         "its size or time is another",
-        f"put that one back with its time (`cp -p`), or {anew} to begin anew",
+        f"put that one back with its time (`cp -p`), or {begin_anew}",
     )

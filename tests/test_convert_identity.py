@@ -246,6 +246,41 @@ def test_a_journal_without_content(models, run, stop, tmp_path, monkeypatch):
     assert f"hint: delete `{out / '.partial'}` to begin anew, or choose another folder" in text
 
 
+def test_nothing_converted_yet_is_nothing_to_mix(models, run, tmp_path, monkeypatch):
+    """A begun folder without a finished piece takes whatever the source now holds."""
+    out = tmp_path / "out"
+
+    def convert(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_Run, "convert", convert)
+    assert run("run", models[1], out)[0] == 130
+    monkeypatch.undo()
+    assert run("run", models[0], out)[0] == 0
+    assert contents(out) == models[2]
+
+
+def test_in_the_last_renames_the_shards_times_are_no_matter(models, run, tmp_path, monkeypatch):
+    """Everything is converted; another model is refused, and `.partial` is not to be deleted."""
+    model, out, real = copy(models[0], tmp_path / "model"), tmp_path / "out", os.replace
+
+    def replace(old, new):
+        if Path(new).name == "config.json":
+            raise KeyboardInterrupt
+        real(old, new)
+
+    monkeypatch.setattr(os, "replace", replace)
+    assert run("run", model, out)[0] == 130
+    monkeypatch.undo()
+    status, text = run("run", models[1], out)
+    assert status == 2 and "begun from another source" in text
+    assert text.endswith("hint: repeat with that source, or choose another folder\n")
+    for shard in shards(model):
+        os.utime(shard, (1, 1))
+    assert run("run", model, out)[0] == 0
+    assert contents(out) == models[2]
+
+
 def test_mtp_from_another_model_is_not_resumed(models, finished, run, stop, tmp_path):
     """The sidecar's own resume knows its source too."""
     for name in ("conversion.json", "mtp.safetensors"):
