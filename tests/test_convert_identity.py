@@ -355,6 +355,14 @@ def test_the_commit_is_gone_in_the_middle(models, hub, run, stop, tmp_path):
     assert "needs another folder" in text
 
 
+def test_a_server_that_ignores_ranges(hub, run, tmp_path):
+    """The first bytes of a shard must not be taken for its norms."""
+    hub.ignores_ranges = True
+    status, text = run("run", REPO, tmp_path / "out")
+    assert status == 2 and f"server of `{REPO}` answers no requests for parts of a file" in text
+    assert not (tmp_path / "out").exists()
+
+
 # --- the last renames -------------------------------------------------------------------------
 
 
