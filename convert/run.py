@@ -143,8 +143,11 @@ class _Run:
 
     def read_from(self, shards: list[str]) -> list[int]:
         """Return the units that read from these shards, and say that they come again."""
-        units = [unit for unit in self.plan.units if shards_of(self.plan.source, unit) & {*shards}]
-        if units:
+        if not shards:
+            return []
+        source, changed = self.plan.source, set(shards)
+        units = [unit for unit in self.plan.units if shards_of(source, unit) & changed]
+        if self.journal.done or self.journal.unsynced:
             more = f" and {len(shards) - 1} more were" if shards[1:] else " was"
             self.progress.note(f"`{shards[0]}`{more} changed: what came from there is redone")
         return [unit.index for unit in units]

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,10 @@ class Hub(ThreadingHTTPServer):
         self.faults: dict[str, list[tuple[str, int]]] = {}
         self.requests: list[tuple[str, str, str | None]] = []
         self.bytes_sent: dict[str, int] = {}
+
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that has read enough
+            super().handle_error(request, client_address)
 
     def push(self, commit: str, folder: Path) -> None:
         self.commits[commit], self.main = folder, commit
