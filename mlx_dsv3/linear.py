@@ -6,22 +6,55 @@ bits than `q_a`; those stay apart).
 
 MLX's CPU backend multiplies a quantised weight row by row, and its own BLAS is slow: a prompt would
 take as long as its tokens one by one. There a weight is unpacked once for many rows, a block at a
-time, and multiplied in NumPy, which brings a fast BLAS. A few rows stay with MLX: decoding, and the
-verification of drafts, whose every row must equal a plain step's. A GPU sees nothing of this.
+time, and multiplied in NumPy, which brings a fast BLAS. Few rows stay with MLX: where unpacking
+costs more than it saves, in decoding, and in the verification of drafts, whose every row must equal
+a plain step's. A GPU sees nothing of this.
 """
+
+from functools import cache
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 PARTS = ("weight", "scales", "biases")
-MIN_ROWS = 16  # that are worth unpacking a weight
+MIN_TOKENS = 6  # of a call that may leave MLX: one more than a verification of drafts has
+# Rows of one weight from which unpacking it is faster than MLX's row by row, by format (2 cores,
+# matrices of 0.1 to 4 million weights: `python benchmarks/bench_prefill.py --rows`).
+FEWEST_ROWS = {
+    ("affine", 2): 8,
+    ("affine", 3): 11,
+    ("affine", 4): 6,
+    ("affine", 5): 17,
+    ("affine", 6): 24,
+    ("affine", 8): 5,
+    ("mxfp4", 4): 26,
+    ("mxfp8", 8): 2,
+    ("nvfp4", 4): 23,
+}
 BLOCK_BYTES = 32 << 20  # of unpacked weights at a time
 
 
 def on_cpu(x: mx.array) -> bool:
     """Say whether MLX would compute with x on a CPU, in float32."""
     return x.dtype == mx.float32 and mx.default_device() == mx.Device(mx.cpu)
+
+
+def fewest_rows(packing) -> int:
+    """Return the rows from which NumPy is the faster one for a weight of this format."""
+    return 1 if packing is None else FEWEST_ROWS[packing.mode, packing.bits]
+
+
+@cache
+def blas() -> ThreadpoolController:
+    """Return the switch of NumPy's BLAS.
+
+    Its threads wait for each other at the end of each product, by yielding: where a core is busy,
+    products of few rows take 20 to 40 ms instead of 1 (docs/log.md). One thread never waits, and
+    is nearly as fast here, because unpacking the weight is most of the time.
+    """
+    return ThreadpoolController()
 
 
 def multiply(x: np.ndarray, weight: mx.array, scales, biases, packing) -> np.ndarray:
@@ -43,7 +76,9 @@ def multiply(x: np.ndarray, weight: mx.array, scales, biases, packing) -> np.nda
                 mode=packing.mode,
                 dtype=mx.float32,
             )
-        np.matmul(x, np.array(part, copy=False).T, out=out[:, i : i + step])
+        matrix = np.array(part, copy=False).T  # evaluated here
+        with blas().limit(limits=1, user_api="blas"):
+            np.matmul(x, matrix, out=out[:, i : i + step])
     return out
 
 
@@ -71,7 +106,7 @@ class QuantizedLinear(nn.QuantizedLinear):
 
 def apply_many(layer: nn.Module, x: mx.array, packing) -> mx.array | None:
     """Return the layer's output for x (..., in) of many rows on a CPU, else None."""
-    if x.shape[-2] < MIN_ROWS or not on_cpu(x):
+    if x.shape[-2] < max(MIN_TOKENS, fewest_rows(packing)) or not on_cpu(x):
         return None
     rows = np.array(x.reshape(-1, x.shape[-1]), copy=False)
     parts = layer.get("scales"), layer.get("biases")

@@ -16,7 +16,7 @@ import numpy as np
 from mlx_lm.models.activations import swiglu
 
 from mlx_dsv3.config import ModelArgs
-from mlx_dsv3.linear import MIN_ROWS, Joined, Linear, on_cpu
+from mlx_dsv3.linear import MIN_TOKENS, Joined, Linear, fewest_rows, on_cpu
 
 # Splitting a step into hits and misses costs two launches more; not worth it for shorter reads.
 HITS_FIRST_AFTER_S = 0.0005
@@ -119,9 +119,9 @@ def wants_sorted(num_rows: int, bank) -> bool:
     return num_rows >= 4 * bank.num_experts
 
 
-def wants_host(bank, x: mx.array, num_choices: int) -> bool:
-    """Say whether x (T, D) is many rows on a CPU: one dense product an expert (`linear.py`)."""
-    return len(x) >= MIN_ROWS and wants_sorted(len(x) * num_choices, bank) and on_cpu(x)
+def wants_host(x: mx.array) -> bool:
+    """Say whether some experts may have many rows of x (T, D) on a CPU (`linear.py`)."""
+    return len(x) >= MIN_TOKENS and on_cpu(x)
 
 
 class Rows:
@@ -131,23 +131,41 @@ class Rows:
         self.bank, self.x, self.shape = bank, x, experts.shape
         self.experts = experts.reshape(-1)
         self.is_sorted = wants_sorted(self.experts.size, bank)
-        is_on_host = wants_host(bank, x, experts.shape[1])
-        self.x_on_host = np.array(x, copy=False) if is_on_host else None
+        if wants_host(x):
+            self.x_on_host = np.array(x, copy=False)
+            fewest = max(fewest_rows(p.quantization) for p in (bank.gate_up, bank.down))
+            self.is_on_host = np.bincount(self.experts, minlength=bank.num_experts) >= fewest
+        else:
+            self.is_on_host = np.zeros(bank.num_experts, bool)
         self.parts: list[mx.array] = []
         self.places: list[np.ndarray] = []
 
     def compute(self, experts: np.ndarray) -> None:
         """Submit the rows of these experts, which are in their slots."""
         rows = np.flatnonzero(np.isin(self.experts, experts))
+        is_on_host = self.is_on_host[self.experts[rows]]
+        if is_on_host.any():
+            many, slots = self.sorted_by_slot(rows[is_on_host])
+            y = compute_on_host(self.bank, self.x_on_host[many // self.shape[1]], slots)
+            self.places.append(many)
+            self.parts.append(y)
+        if not is_on_host.all():
+            self.gather(rows[~is_on_host])
+
+    def sorted_by_slot(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return rows in the order of their slots, and the slots."""
         slots = self.bank.slot_of[self.experts[rows]]
+        order = np.argsort(slots, kind="stable")
+        return rows[order], slots[order]
+
+    def gather(self, rows: np.ndarray) -> None:
+        """Submit rows as one product of MLX's."""
         if self.is_sorted:
-            order = np.argsort(slots, kind="stable")
-            rows, slots = rows[order], slots[order]
+            rows, slots = self.sorted_by_slot(rows)
+        else:
+            slots = self.bank.slot_of[self.experts[rows]]
         tokens = rows // self.shape[1]
         self.places.append(rows)
-        if self.x_on_host is not None:
-            self.parts.append(compute_on_host(self.bank, self.x_on_host[tokens], slots))
-            return
         used = np.unique(slots)
         padding = max(0, self.bank.min_sorted_rows - len(rows)) if self.is_sorted else 0
         if padding:  # enough rows for the kernel that a full bank would have used
@@ -235,7 +253,7 @@ class MoE(nn.Module):
         indices, weights = self.gate(x)  # (B, L, K)
         shared = self.shared_experts(x) if "shared_experts" in self else None
         flat, K = x.flatten(0, -2), indices.shape[-1]
-        if not (self.bank.wants_ids or wants_host(self.bank, flat, K)):
+        if not (self.bank.wants_ids or wants_host(flat)):
             y = routed_resident(self.bank, flat, indices.reshape(-1, K))
         else:
             mx.async_eval(indices)
