@@ -1,7 +1,7 @@
 """transformers' DeepseekV3ForCausalLM and MTP model: the oracle that neither side was written from.
 
 Eager attention, eager experts, float32, read with `from_pretrained` from a folder in the hub's own
-layout, so the tensor names are tested too. transformers 5.23 looks for MTP tensors in layer 61
+layout, so the tensor names are tested too. transformers 5.24 looks for MTP tensors in layer 61
 alone (spec 4.7); a small model overrides that pattern.
 """
 
@@ -32,7 +32,8 @@ class Oracle:
     @torch.no_grad()
     def __call__(self, ids, cache: DynamicCache | None = None):
         """Return logits and the states after the final norm, as the reference does."""
-        states = self.model.model(ids, past_key_values=cache).last_hidden_state
+        # By position: the cache is `past_key_values` in transformers 5.23, `cache` from 5.24 on.
+        states = self.model.model(ids, None, None, cache).last_hidden_state
         return self.model.lm_head(states), states
 
     def make_cache(self) -> DynamicCache:
