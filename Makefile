@@ -11,6 +11,8 @@ comma := ,
 BLAS := $(firstword $(wildcard /usr/lib/*/openblas-pthread/libblas.so.3))
 FAST := $(if $(BLAS),env LD_PRELOAD=$(BLAS))
 
+CUDA_LANE := -m cuda tests/test_kernels.py tests/parity/test_cuda.py
+
 DEMO := build/demo-q4
 QUESTION := Hello! What is the capital of France?
 

@@ -1,0 +1,88 @@
+"""Fixtures with MLX: random models on both sides, and the demo checkpoint, converted once."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+import tiny
+from mlx_folder import write_mlx
+from parity.pairs import Pair, load_reference
+
+from convert.__main__ import main as convert
+from mlx_dsv3.load import load_model
+
+# Every test but those of the `metal` lane runs on the CPU backend, also on a Mac: the bits that
+# they compare, and bounds near a float32 rounding error, are promised there. Programs that they
+# start choose for themselves, and use a Mac's GPU unless they are told.
+mx.set_default_device(mx.cpu)
+
+
+@pytest.fixture(autouse=True)
+def fixed_mlx_seed():
+    """Give every test the same random state of MLX, whatever ran before it."""
+    mx.random.seed(0)
+
+
+@pytest.fixture(scope="session")
+def random_folder(tmp_path_factory):
+    """Return a function (config, bias mean, ...) -> (folder, tensors it means), made once each."""
+    made = {}
+
+    def write(config: dict, bias_mean=2.0, seed=0, **options) -> tuple[Path, dict]:
+        key = repr((config, bias_mean, seed, options))
+        if key not in made:
+            tensors = tiny.random_tensors(config, seed, bias_mean)
+            folder = tmp_path_factory.mktemp("mlx")
+            made[key] = folder, write_mlx(folder, config, tensors, **options)
+        return made[key]
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def random_pair(random_folder):
+    """Return a function (config, bias mean, ...) -> Pair; the MLX side is loaded each time."""
+    references = {}
+
+    def load(config: dict, bias_mean=2.0, seed=0, dtype=mx.float32, **options) -> Pair:
+        folder, tensors = random_folder(config, bias_mean, seed, **options)
+        if folder not in references:
+            references[folder] = load_reference(config, tensors)
+        model, mtp, store, args, _ = load_model(folder, dtype=dtype)
+        store.close()
+        return Pair(model, mtp, args, references[folder], tensors, config)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def oracle(tmp_path_factory):
+    """Return a function (config, bias mean) -> transformers' model with the same tensors."""
+    from parity.oracle import Oracle  # transformers takes 3 s to import: only where it is used
+
+    made = {}
+
+    def load(config: dict, bias_mean=2.0, seed=0) -> Oracle:
+        key = repr((config, bias_mean, seed))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("hub")
+            tiny.write_hub(folder, config, seed=seed, bias_mean=bias_mean, storage="bf16")
+            made[key] = Oracle(folder, config["num_hidden_layers"])
+        return made[key]
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory, checkpoint):
+    """Return a function recipe -> folder, converted once each."""
+    made = {}
+
+    def run(recipe: str) -> Path:
+        if recipe not in made:
+            folder = tmp_path_factory.mktemp("demo") / recipe
+            assert not convert(["run", str(checkpoint), str(folder), "--recipe", recipe])
+            made[recipe] = folder
+        return made[recipe]
+
+    return run
