@@ -14,10 +14,13 @@ import platform
 import statistics
 import time
 
-import torch
+from mlx_dsv3.errors import imports
 
-from mlx_dsv3.reference import backends, fp8
-from mlx_dsv3.reference.record import code_version, device_name
+with imports(__name__):
+    import torch
+
+    from mlx_dsv3.reference import backends, fp8
+    from mlx_dsv3.reference.record import code_version, device_name
 
 SHAPES = {  # name: (output rows, K)
     "q_a_proj": (1536, 7168),

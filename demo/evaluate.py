@@ -12,15 +12,18 @@ import json
 import re
 from pathlib import Path
 
-import numpy as np
-import torch
-from safetensors import safe_open
-from tokenizers import Tokenizer
+from mlx_dsv3.errors import imports
 
-from demo import corpus, tokenizer
-from demo.rounding import four_bit_names, round_four_bit
-from mlx_dsv3.reference.fp8 import dequantize_blocks
-from mlx_dsv3.reference.model import Args, Model
+with imports(__name__):
+    import numpy as np
+    import torch
+    from safetensors import safe_open
+    from tokenizers import Tokenizer
+
+    from demo import corpus, tokenizer
+    from demo.rounding import four_bit_names, round_four_bit
+    from mlx_dsv3.reference.fp8 import dequantize_blocks
+    from mlx_dsv3.reference.model import Args, Model
 
 HERE = Path(__file__).parent
 BIGRAM_CONVERSATIONS = 40_000

@@ -17,16 +17,19 @@ import random
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from tokenizers import Tokenizer
+from mlx_dsv3.errors import imports
 
-from demo import corpus, tokenizer
-from demo.export import export
-from demo.model_config import CONFIG
-from demo.rounding import four_bit_names, round_four_bit
-from mlx_dsv3.reference.model import MLA, Args, Model, MoE, apply_rope, rotation
+with imports(__name__):
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+    from tokenizers import Tokenizer
+
+    from demo import corpus, tokenizer
+    from demo.export import export
+    from demo.model_config import CONFIG
+    from demo.rounding import four_bit_names, round_four_bit
+    from mlx_dsv3.reference.model import MLA, Args, Model, MoE, apply_rope, rotation
 
 MTP_WEIGHT = 0.4
 USER_WEIGHT = 0.1  # against 1 for the words of the assistant

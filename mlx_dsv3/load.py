@@ -232,6 +232,12 @@ def load_checked_tokenizer(folder: Path, args: ModelArgs, config: dict, trust_re
     try:
         extra = {"trust_remote_code": trust_remote_code, "config": known}
         tokenizer = load_tokenizer(folder, extra, eos_token_ids=eos)
+    except ImportError as error:  # of the repository's own code
+        raise UserError(
+            f"the tokenizer of `{folder}` needs a package that is not installed: "
+            f"{str(error).strip().splitlines()[0]}",
+            "`pip install` it beside mlx_dsv3",
+        ) from None
     except Exception as error:  # another package's, of any kind
         first = next(iter(str(error).strip().splitlines()), "no reason given")
         raise UserError(

@@ -97,16 +97,6 @@ def test_light_modules_load_no_framework(module):
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
-def test_reference_loads_no_mlx():
-    """The second opinion runs on a CUDA machine where MLX does not exist."""
-    code = (
-        "import sys, mlx_dsv3.reference.weights; "
-        "print([n for n in sys.modules if n.split('.')[0] in ('mlx', 'mlx_lm')])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.strip() == "[]", done.stdout + done.stderr
-
-
 @pytest.mark.parametrize("command", ["chat", "convert.__main__"])
 def test_command_lines_load_no_model_code(command):
     """Help and usage errors within a second: chat.py imports the model inside its functions."""

@@ -14,15 +14,17 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from tokenizers import Tokenizer
-from torch import Tensor
+from mlx_dsv3.errors import Parser, UserError, imports, run_main
 
-from mlx_dsv3.errors import Parser, UserError, run_main
-from mlx_dsv3.reference import backends, parallel, weights
-from mlx_dsv3.reference.model import Model
-from mlx_dsv3.reference.record import resolve
-from mlx_dsv3.reference.weights import HubTensors
+with imports(__name__):
+    import torch
+    from tokenizers import Tokenizer
+    from torch import Tensor
+
+    from mlx_dsv3.reference import backends, parallel, weights
+    from mlx_dsv3.reference.model import Model
+    from mlx_dsv3.reference.record import resolve
+    from mlx_dsv3.reference.weights import HubTensors
 
 
 @dataclass

@@ -17,14 +17,16 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-from tokenizers import Tokenizer
-from torch import Tensor
+from mlx_dsv3.errors import Parser, UserError, imports, run_main
 
-from mlx_dsv3.errors import Parser, UserError, run_main
-from mlx_dsv3.reference import backends, golden, weights
-from mlx_dsv3.reference.stream import Stream
-from mlx_dsv3.reference.weights import HubTensors
+with imports(__name__):
+    import torch
+    from tokenizers import Tokenizer
+    from torch import Tensor
+
+    from mlx_dsv3.reference import backends, golden, weights
+    from mlx_dsv3.reference.stream import Stream
+    from mlx_dsv3.reference.weights import HubTensors
 
 NUM_POSITIONS = 16  # positions whose states are kept with `--states sampled`
 
