@@ -20,6 +20,6 @@ def test_a_warning_that_our_code_causes_is_an_error(module):
 
 
 @pytest.mark.parametrize("module", ["transformers.cache_utils", "chatter", "parity.oracle"])
-def test_a_warning_of_another_package_is_none(module):
+def test_a_warning_of_another_package_is_no_error(module):
     """transformers 5.24 deprecated one argument, and 50 tests failed on code that was right."""
     assert [str(each.message) for each in warn_in(module)] == ["seen"]

@@ -52,7 +52,7 @@ def test_the_cuda_lane_needs_no_mlx():
 
 
 def test_the_reference_needs_no_mlx(tmp_path, checkpoint):
-    """A recording is made where MLX does not exist: one import of ours in a corner would stop it."""
+    """A recording is made where MLX does not exist: one import in a corner would stop it."""
     ids, out, source = tmp_path / "ids.json", tmp_path / "out.safetensors", str(checkpoint)
     ids.write_text("[0, 40, 41, 42]")
     on_cpu = ["--device", "cpu", "--arithmetic", "float32"]
