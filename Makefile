@@ -1,22 +1,36 @@
 # `make demo` and `make test` make .venv, install what they need, and run. On macOS MLX uses the
-# GPU; on Linux the `cpu` extra brings MLX's CPU backend.
+# GPU; on Linux the `cpu` extra brings MLX's CPU backend. Versions are those of PINS, and without
+# PINS the newest that pyproject.toml allows.
 PYTHON ?= python3
 VENV := .venv
+PINS := constraints.txt
 BIN := $(VENV)/bin
 BACKEND := $(if $(filter Linux,$(shell uname -s)),cpu,)
 comma := ,
+# The second variable is for the build of the package itself, which pip 25.3 and later ask for.
+PIP := $(if $(PINS),env PIP_CONSTRAINT=$(PINS) PIP_BUILD_CONSTRAINT=$(PINS)) \
+  $(BIN)/python -m pip install --quiet
 
 # MLX's Linux build bundles a slow BLAS; Debian's libopenblas0-pthread is about 30 times faster in
 # float32 products. Used where it is installed, never required.
 BLAS := $(firstword $(wildcard /usr/lib/*/openblas-pthread/libblas.so.3))
 FAST := $(if $(BLAS),env LD_PRELOAD=$(BLAS))
 
+# `uv` resolves for every platform at once, which pip does not.
+UV := build/uv/bin/uv
+RESOLVE := $(UV) pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest \
+  --no-annotate --custom-compile-command 'make pins' \
+  --extra cpu --extra reference --extra test pyproject.toml
+
+LONG := demo_model/* parity/test_long.py parity/test_record.py parity/test_replay.py \
+  test_convert*.py test_emitted.py test_parallel.py test_plan.py test_speculative.py \
+  test_state.py test_streaming.py test_writer.py
 CUDA_LANE := -m cuda tests/test_kernels.py tests/parity/test_cuda.py
 
 DEMO := build/demo-q4
 QUESTION := Hello! What is the capital of France?
 
-.PHONY: demo test parity triton cuda lint format clean
+.PHONY: demo test quick test-newest test-oldest pins parity triton cuda lint format clean
 
 demo: $(DEMO)/config.json
 	@if [ -t 0 ]; then $(BIN)/python chat.py $(DEMO); \
@@ -27,6 +41,31 @@ $(DEMO)/config.json: $(VENV)/.demo demo/checkpoint/config.json
 
 test: $(VENV)/.test
 	$(FAST) $(BIN)/python -m pytest $(ARGS)
+
+# For the edit loop: without the tests that start programs, write checkpoints or stream experts.
+quick: $(VENV)/.test
+	$(FAST) $(BIN)/python -m pytest -q $(foreach name,$(LONG),--ignore-glob='*/tests/$(name)') $(ARGS)
+
+# Every version as new, or as old, as pyproject.toml allows, in an environment of its own.
+test-newest:
+	rm -rf build/newest
+	$(MAKE) test VENV=build/newest PINS=
+
+test-oldest: $(UV)
+	rm -rf build/oldest
+	$(RESOLVE) --resolution lowest-direct > build/oldest.txt
+	$(MAKE) test VENV=build/oldest PINS=build/oldest.txt
+
+# Pin the newest versions, those of macOS too, and keep the pins if the tests pass with them.
+pins: $(UV)
+	rm -rf build/pins build/pins.txt
+	$(RESOLVE) > build/pins.txt
+	$(MAKE) test VENV=build/pins PINS=build/pins.txt
+	mv build/pins.txt constraints.txt
+
+$(UV):
+	$(PYTHON) -m venv build/uv
+	build/uv/bin/python -m pip install --quiet uv
 
 # Record the demo checkpoint with the best hardware present and replay it against two conversions.
 parity: $(VENV)/.test $(DEMO)/config.json
@@ -41,14 +80,14 @@ parity: $(VENV)/.test $(DEMO)/config.json
 
 # The Triton kernels in Triton's interpreter, on a CPU.
 triton: $(VENV)/.test
-	$(BIN)/python -m pip install --quiet triton
+	$(PIP) triton
 	env TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_kernels.py $(ARGS)
 
 # On a machine with an NVIDIA GPU: kernels, PyTorch's own block-scaled matmul, recordings in FP8.
-cuda: $(VENV)/.test
-	$(BIN)/python -m pip install --quiet triton
-	$(BIN)/python -m pytest -m cuda tests/test_kernels.py tests/parity $(ARGS)
-	$(BIN)/python benchmarks/bench_kernels.py
+# Needs neither MLX nor the network: the system's Python with torch, triton, tokenizers and pytest.
+cuda:
+	$(PYTHON) -m pytest $(CUDA_LANE) $(ARGS)
+	env PYTHONPATH=. $(PYTHON) benchmarks/bench_kernels.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -67,11 +106,10 @@ $(VENV)/bin/python:
 	    echo 'hint: make PYTHON=python3.12 demo' >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.demo: pyproject.toml $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.$(if $(BACKEND),[$(BACKEND)])'
+$(VENV)/.demo: pyproject.toml $(PINS) $(VENV)/bin/python
+	$(PIP) --editable '.$(if $(BACKEND),[$(BACKEND)])'
 	@touch $@
 
-$(VENV)/.test: pyproject.toml $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable \
-	  '.[$(if $(BACKEND),$(BACKEND)$(comma))reference,test]'
+$(VENV)/.test: pyproject.toml $(PINS) $(VENV)/bin/python
+	$(PIP) --editable '.[$(if $(BACKEND),$(BACKEND)$(comma))reference,test]'
 	@touch $@ $(VENV)/.demo
