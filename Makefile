@@ -22,15 +22,15 @@ RESOLVE := $(UV) pip compile --quiet --universal --python-version 3.11 --fork-st
   --no-annotate --custom-compile-command 'make pins' \
   --extra cpu --extra reference --extra test pyproject.toml
 
-LONG := demo_model/* parity/test_long.py parity/test_record.py parity/test_replay.py \
-  test_convert*.py test_emitted.py test_parallel.py test_plan.py test_speculative.py \
-  test_state.py test_streaming.py test_writer.py
+LONG := demo_model/* parity/test_long.py parity/test_mutations.py parity/test_record.py \
+  parity/test_replay.py test_convert*.py test_emitted.py test_gate.py test_parallel.py \
+  test_plan.py test_speculative.py test_state.py test_streaming.py test_writer.py
 CUDA_LANE := -m cuda tests/test_kernels.py tests/parity/test_cuda.py
 
 DEMO := build/demo-q4
 QUESTION := Hello! What is the capital of France?
 
-.PHONY: demo test quick test-newest test-oldest pins parity triton cuda lint format clean
+.PHONY: demo test quick slow test-newest test-oldest pins parity triton cuda lint format clean
 
 demo: $(DEMO)/config.json
 	@if [ -t 0 ]; then $(BIN)/python chat.py $(DEMO); \
@@ -44,7 +44,12 @@ test: $(VENV)/.test
 
 # For the edit loop: without the tests that start programs, write checkpoints or stream experts.
 quick: $(VENV)/.test
-	$(FAST) $(BIN)/python -m pytest -q $(foreach name,$(LONG),--ignore-glob='*/tests/$(name)') $(ARGS)
+	$(FAST) $(BIN)/python -m pytest -q $(foreach name,$(LONG),--ignore-glob='tests/$(name)') $(ARGS)
+
+# By turns: `make slow ARGS='--turn 10'` runs the day's share, for 10 minutes at most. Pytest's
+# status 5 says that there are none.
+slow: $(VENV)/.test
+	$(FAST) $(BIN)/python -m pytest -m slow $(ARGS) || [ $$? = 5 ]
 
 # Every version as new, or as old, as pyproject.toml allows, in an environment of its own.
 test-newest:

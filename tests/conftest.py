@@ -2,6 +2,8 @@
 
 import importlib.util
 import signal
+import time
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -15,10 +17,35 @@ torch.set_num_threads(1)
 # A suite started in the background ignores Ctrl-C, and so would the programs that it interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+TURNS = 6  # days in which `--turn` comes round
+BEGAN = time.monotonic()
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--turn", type=float, metavar="MINUTES", help="run the day's share, for so long at most"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("turn"):
+        items[:] = items[date.today().toordinal() % TURNS :: TURNS]
+
+
+def out_of_time(*_):
+    pytest.skip("out of time")
+
 
 def pytest_runtest_setup(item):
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("PyTorch finds no NVIDIA GPU")
+    if minutes := item.config.getoption("turn"):
+        signal.signal(signal.SIGALRM, out_of_time)
+        signal.setitimer(signal.ITIMER_REAL, max(1e-3, BEGAN + 60 * minutes - time.monotonic()))
+
+
+def pytest_runtest_teardown():
+    signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 @pytest.fixture(autouse=True)
