@@ -10,19 +10,21 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from convert import recipe as recipes
-from convert import verify
-from convert.destination import SHARDS, Destination
-from convert.hub import fetch_checked, missing_in_cache, open_repo
-from convert.plan import Plan, build
-from convert.progress import Progress, choose_style, size
-from convert.report import plan_record, print_errors, print_plan
-from convert.run import run
-from convert.shards import DEFAULT_JOBS, Shards, disk_peak
-from convert.sidecar import mtp_prefix_of, plan_sidecar, write_config
-from convert.source import Source, open_folder
-from mlx_dsv3.errors import Parser, UserError, run_main
-from mlx_dsv3.hub import Repo, is_repo_id
+from mlx_dsv3.errors import Parser, UserError, imports, run_main
+
+with imports(__name__):
+    from convert import recipe as recipes
+    from convert import verify
+    from convert.destination import SHARDS, Destination
+    from convert.hub import fetch_checked, missing_in_cache, open_repo
+    from convert.plan import Plan, build
+    from convert.progress import Progress, choose_style, size
+    from convert.report import plan_record, print_errors, print_plan
+    from convert.run import run
+    from convert.shards import DEFAULT_JOBS, Shards, disk_peak
+    from convert.sidecar import mtp_prefix_of, plan_sidecar, write_config
+    from convert.source import Source, open_folder
+    from mlx_dsv3.hub import Repo, is_repo_id
 
 
 def parser() -> argparse.ArgumentParser:

@@ -15,18 +15,20 @@ import os
 import sys
 from pathlib import Path
 
-import mlx.core as mx
-from rich.console import Console
-from rich.table import Table
+from mlx_dsv3.errors import Parser, UserError, imports, run_main
 
-from mlx_dsv3.bounds import RECIPES, TOP1_GAP, Sources, Verdict, recipe_of
-from mlx_dsv3.config import read_json
-from mlx_dsv3.differences import Text
-from mlx_dsv3.errors import Parser, UserError, run_main
-from mlx_dsv3.folder import open_model
-from mlx_dsv3.golden import Golden, read_golden
-from mlx_dsv3.load import load_checked_tokenizer, load_model, plan_memory
-from mlx_dsv3.replay import Replay, check_same_model
+with imports(__name__):
+    import mlx.core as mx
+    from rich.console import Console
+    from rich.table import Table
+
+    from mlx_dsv3.bounds import RECIPES, TOP1_GAP, Sources, Verdict, recipe_of
+    from mlx_dsv3.config import read_json
+    from mlx_dsv3.differences import Text
+    from mlx_dsv3.folder import open_model
+    from mlx_dsv3.golden import Golden, read_golden
+    from mlx_dsv3.load import load_checked_tokenizer, load_model, plan_memory
+    from mlx_dsv3.replay import Replay, check_same_model
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
 COMMANDS = ("perplexity", "capacities")

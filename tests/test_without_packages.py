@@ -75,15 +75,18 @@ def test_the_reference_needs_no_mlx(tmp_path, checkpoint):
         ("benchmarks.bench_kernels", "torch"),
         ("demo.train", "torch"),
         ("demo.evaluate", "torch"),
+        ("convert", "mlx"),
+        ("mlx_dsv3.parity", "mlx"),
     ],
 )
 def test_a_program_names_the_package_it_lacks(module, missing):
     """`import torch` stands above `main`, so its absence was a traceback."""
     done = run_without((missing,), as_program(module))
+    extra = EXTRAS[missing]
     assert done.returncode == 2
     assert done.stderr == (
         f"error: this program needs the package `{missing}`, which is not installed\n\n"
-        "hint: `pip install 'mlx-dsv3[reference]'`, or in a checkout `pip install '.[reference]'`\n"
+        f"hint: `pip install 'mlx-dsv3[{extra}]'`, or in a checkout `pip install '.[{extra}]'`\n"
     )
 
 
