@@ -25,6 +25,8 @@ RESOLVE := $(UV) pip compile --quiet --universal --python-version 3.11 --fork-st
 LONG := demo_model/* parity/test_long.py parity/test_mutations.py parity/test_record.py \
   parity/test_replay.py test_convert*.py test_emitted.py test_gate.py test_parallel.py \
   test_plan.py test_speculative.py test_state.py test_streaming.py test_writer.py
+# A process for each core; those tests of a file that share a model stay together.
+EACH_CORE := -n auto --maxprocesses 4 --dist loadfile
 CUDA_LANE := -m cuda tests/test_kernels.py tests/parity/test_cuda.py
 
 DEMO := build/demo-q4
@@ -40,11 +42,11 @@ $(DEMO)/config.json: $(VENV)/.demo demo/checkpoint/config.json
 	$(BIN)/python -m convert run demo/checkpoint $(DEMO) --recipe q4
 
 test: $(VENV)/.test
-	$(FAST) $(BIN)/python -m pytest $(ARGS)
+	$(FAST) $(BIN)/python -m pytest $(if $(ARGS),$(ARGS),$(EACH_CORE))
 
 # For the edit loop: without the tests that start programs, write checkpoints or stream experts.
 quick: $(VENV)/.test
-	$(FAST) $(BIN)/python -m pytest -q $(foreach name,$(LONG),--ignore-glob='tests/$(name)') $(ARGS)
+	$(FAST) $(BIN)/python -m pytest -q $(EACH_CORE) $(foreach name,$(LONG),--ignore-glob='tests/$(name)') $(ARGS)
 
 # By turns: `make slow ARGS='--turn 10'` runs the day's share, for 10 minutes at most. Pytest's
 # status 5 says that there are none.

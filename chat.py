@@ -223,10 +223,10 @@ class Chat:
     """One conversation with a loaded model."""
 
     def __init__(self, options: argparse.Namespace):
-        from mlx_dsv3.generate import make_gate
+        folder = find_model(options)
+        from mlx_dsv3.generate import make_gate  # 2 s of imports: a refusal comes before them
         from mlx_dsv3.load import load
 
-        folder = find_model(options)
         self.options = options
         self.sampler = make_sampler(options, folder.path)
         self.loaded = load(
@@ -499,10 +499,13 @@ def main(argv: list[str] | None = None) -> None:
     if not question and not chat_is_open:
         raise UserError("there is no question: stdin is empty", "`-p TEXT` asks one")
     chat = Chat(options)
-    if chat_is_open:
-        repl(chat)
-    else:
-        chat.turn(question)
+    try:
+        if chat_is_open:
+            repl(chat)
+        else:
+            chat.turn(question)
+    finally:
+        chat.loaded.store.close()
 
 
 def entry() -> None:

@@ -232,16 +232,15 @@ def load_checked_tokenizer(folder: Path, args: ModelArgs, config: dict, trust_re
     try:
         extra = {"trust_remote_code": trust_remote_code, "config": known}
         tokenizer = load_tokenizer(folder, extra, eos_token_ids=eos)
-    except ImportError as error:  # of the repository's own code
-        raise UserError(
-            f"the tokenizer of `{folder}` needs a package that is not installed: "
-            f"{str(error).strip().splitlines()[0]}",
-            "`pip install` it beside mlx_dsv3",
-        ) from None
     except Exception as error:  # another package's, of any kind
-        first = next(iter(str(error).strip().splitlines()), "no reason given")
+        kind, reason = type(error), next(iter(str(error).strip().splitlines()), "no reason given")
+        if kind is ImportError:  # transformers', of packages that the repository's own code needs
+            raise UserError(
+                f"the tokenizer of `{folder}` needs a package that is not installed: {reason}",
+                "`pip install` it beside mlx_dsv3",
+            ) from None
         raise UserError(
-            f"the tokenizer of `{folder}` does not load: {type(error).__name__}: {first}",
+            f"the tokenizer of `{folder}` does not load: {kind.__name__}: {reason}",
             "`--trust-remote-code` runs the repository's own tokenizer code, if it has one",
         ) from None
     largest = max(tokenizer.get_vocab().values())

@@ -18,7 +18,6 @@ from convert.__main__ import main
 from tests.tiny import A, write_hub
 
 ROOT = Path(__file__).parent.parent
-NUM_KILLS = 25
 # argv: what ends it ("kill" or "interrupt" at a byte, "rename"), count, log, jobs, folders.
 CHILD = """
 import os, signal, sys, threading
@@ -102,8 +101,9 @@ def straight(tmp_path_factory):
     return hub, contents(folder / "out"), events(folder / "out")
 
 
-def test_sigkill_at_25_points(straight, tmp_path):
-    """Drawn over all bytes written; at least 20 fall between the first and the last tensor."""
+@pytest.mark.parametrize("kills", [8, pytest.param(25, marks=pytest.mark.slow)])
+def test_sigkill_at_random_points(straight, tmp_path, kills):
+    """Drawn over all bytes written; most fall between the first and the last tensor."""
     hub, want, log = straight
     writes = [
         (path, int(count)) for what, path, *rest in log if what == "write" for count in rest[1:]
@@ -111,8 +111,8 @@ def test_sigkill_at_25_points(straight, tmp_path):
     total = sum(count for _, count in writes)
     headers = len({path for path, _ in writes if path.endswith(".safetensors")}) + 1
     first = sum(count for _, count in writes[:headers])  # journal head, then a header for each file
-    points = sorted(random.Random(1).sample(range(total), NUM_KILLS))
-    assert sum(first < point < total for point in points) >= 20
+    points = sorted(random.Random(1).sample(range(total), kills))
+    assert sum(first < point < total for point in points) >= 0.75 * kills
     for i, point in enumerate(points):
         out = tmp_path / str(i)
         assert child(hub, out, "kill", point, jobs=1 + i % 3) == -9

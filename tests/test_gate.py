@@ -55,7 +55,7 @@ class World:
             run.tokens += accepted + 1
         return run
 
-    def speed_ups(self, tokens: int, context: int = 100, seeds: int = 40) -> list[float]:
+    def speed_ups(self, tokens: int, context: int = 100, seeds: int = 24) -> list[float]:
         return sorted(self.run(Gate(), tokens, seed, context).speed_up for seed in range(seeds))
 
     def best(self, context: int = 100) -> float:

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+from itertools import product
 
 import mlx.core as mx
 import numpy as np
@@ -77,18 +78,20 @@ def logits_of(folder, capacity: int, decoded: int) -> tuple[np.ndarray, ExpertSt
     return rows, store
 
 
-@pytest.mark.parametrize("arrangement", ["records", "stacked"])
-@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize(
+    "packing, arrangement", [*product(PACKINGS, ["records"]), ("q4", "stacked")]
+)
 def test_logits_are_the_same_bits_at_every_capacity(folder_of, packing, arrangement):
-    """From top-k slots to all of them: prefill in waves, hits first, MTP; no byte of difference."""
+    """Prefill in waves, hits first, MTP, from top-k slots up: no byte of difference.
+
+    The slow lane takes every capacity for every format in both arrangements.
+    """
     folder = folder_of(packing, arrangement)
-    resident, _ = logits_of(folder, E, 200)
-    for capacity, decoded in ((K, 20), (K + 1, 5), (E // 4, 200), (E // 2, 5), (E - 1, 5)):
-        streamed, store = logits_of(folder, capacity, decoded)
-        whole = np.concatenate([resident[: len(PROMPT) * 2 - 1 + decoded], resident[-20:]])
-        if decoded < 200:  # the verifications see another context then
-            streamed, whole = streamed[:-20], whole[:-20]
-        assert np.array_equal(streamed, whole), f"{capacity} slots"
+    resident, _ = logits_of(folder, E, 20)
+    every = packing == "q4" and arrangement == "records"
+    for capacity in (K, K + 1, E // 4, E // 2, E - 1) if every else (K + 1, E // 2):
+        streamed, store = logits_of(folder, capacity, 20)
+        assert np.array_equal(streamed, resident), f"{capacity} slots"
         assert store.counters.misses > E  # it did stream
 
 
@@ -334,7 +337,8 @@ def test_ctrl_c_at_every_line_while_experts_stream(folder_of, then):
     assert check_interrupts(folder_of("q4"), 3 if then else 1, then) > 300
 
 
-def test_ctrl_c_at_random_moments(folder_of):
+@pytest.mark.parametrize("rounds", [50, pytest.param(2000, marks=pytest.mark.slow)])
+def test_ctrl_c_at_random_moments(folder_of, rounds):
     """By a real signal, between any two bytecodes and within waits."""
     model, _, store, *_ = load_with(folder_of("q4"), K)
     truth, rng, interrupted = expected_rows(folder_of("q4")), np.random.default_rng(0), 0
@@ -344,7 +348,7 @@ def test_ctrl_c_at_random_moments(folder_of):
         signal.setitimer(signal.ITIMER_REAL, 20)
         raise KeyboardInterrupt
 
-    for _ in range(100):
+    for _ in range(rounds):
         for bank in store.banks.values():
             bank.forget(np.arange(E))
         before = signal.signal(signal.SIGALRM, interrupt)
@@ -358,7 +362,7 @@ def test_ctrl_c_at_random_moments(folder_of):
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
         check_slots(store.banks[1], truth)
-    assert interrupted > 50
+    assert interrupted > rounds / 2
     store.close()
 
 

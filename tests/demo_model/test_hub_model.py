@@ -2,25 +2,23 @@
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from hub_server import REPO, Hub, environment, serve, shard_requests
+from hub_server import REPO, Hub, know_only, serve, shard_requests
 
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.folder import open_model
+from mlx_dsv3.parity import main as parity
 
-from .test_chat import QUESTION, ROOT, refused, run
+from .test_chat import QUESTION, refused, run
 
-CHILD = """
-import sys
-import chat, mlx_dsv3.folder, mlx_dsv3.hub, mlx_dsv3.memory
-mlx_dsv3.hub.WAITS_S = (0.05,) * 2
-{patch}
-sys.argv[0] = "chat.py"
-chat.entry()
-"""
+PATCHES = {
+    "available_bytes": "mlx_dsv3.memory.available_bytes",
+    "disk_usage": "mlx_dsv3.folder.shutil.disk_usage",
+    "is_offline": "huggingface_hub.constants.HF_HUB_OFFLINE",
+}
 
 
 @pytest.fixture
@@ -44,12 +42,17 @@ def home(fetched_once, tmp_path) -> Path:
     return shutil.copytree(fetched_once, tmp_path / "home", symlinks=True)
 
 
-def ask(server: Hub, home: Path, *options: str, patch: str = "") -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", CHILD.format(patch=patch), REPO, *options]
-    env = environment(server, home)
-    return subprocess.run(
-        command, cwd=ROOT, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
+def ask(server: Hub, home: Path, *options: str, **patches) -> subprocess.CompletedProcess:
+    """Run chat.py's `main` on the repository, with the hub's own client and a cache in `home`.
+
+    `patches` replace what this file has names for.
+    """
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        know_only(server, home, monkeypatch)
+        monkeypatch.setattr("mlx_dsv3.hub.WAITS_S", (0.05,) * 2)
+        for name, value in patches.items():
+            monkeypatch.setattr(PATCHES[name], value)
+        return run(REPO, *options)
 
 
 def whole_files(server: Hub) -> list[str]:
@@ -80,11 +83,10 @@ def test_fetched_once_and_then_without_the_hub(server, demo_q4, tmp_path):
     assert server.requests == []
 
 
-def test_parity_takes_a_hub_id(server, tmp_path):
-    command = [sys.executable, "-m", "mlx_dsv3.parity", "capacities", REPO, "--slots", "4"]
-    env = environment(server, tmp_path)
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and "equal, bit for bit" in done.stdout, done.stderr
+def test_parity_takes_a_hub_id(server, tmp_path, monkeypatch, capsys):
+    know_only(server, tmp_path, monkeypatch)
+    assert parity(["capacities", REPO, "--slots", "4", "--tokens", "16"]) == 0
+    assert "equal, bit for bit" in capsys.readouterr().out
 
 
 def test_a_sidecar_that_another_tool_left_out(server, home):
@@ -103,17 +105,14 @@ def test_a_sidecar_that_another_tool_left_out(server, home):
 @pytest.mark.parametrize(
     ("patch", "words"),
     [
-        ("mlx_dsv3.memory.available_bytes = lambda: 10**8", "this machine allows 0.092 GB"),
-        (
-            "mlx_dsv3.folder.shutil.disk_usage = lambda path: type('', (), {'free': 10**6})",
-            "has 0.001 GB free",
-        ),
+        ({"available_bytes": lambda: 10**8}, "this machine allows 0.092 GB"),
+        ({"disk_usage": lambda path: SimpleNamespace(free=10**6)}, "has 0.001 GB free"),
     ],
     ids=["memory", "disk"],
 )
 def test_what_cannot_run_is_not_fetched(server, tmp_path, patch, words):
     """Hours of download, and then `the model needs 390 GB`."""
-    done = ask(server, tmp_path, "-p", QUESTION, patch=patch)
+    done = ask(server, tmp_path, "-p", QUESTION, **patch)
     refused(done, words)
     assert whole_files(server) == []
 
@@ -148,8 +147,8 @@ def test_what_a_cache_may_look_like(server, home):
     (tokenizer.parents[1] / ".DS_Store").touch()
     tokenizer.unlink()
     (tokenizer.parent / "model-experts-00002.safetensors").unlink()
-    full = "mlx_dsv3.folder.shutil.disk_usage = lambda path: type('', (), {'free': 0})"
-    done = ask(server, home, "-p", QUESTION, "--stats", "off", patch=full)
+    full = {"disk_usage": lambda path: SimpleNamespace(free=0)}
+    done = ask(server, home, "-p", QUESTION, "--stats", "off", **full)
     assert done.returncode == 0 and "Paris" in done.stdout and done.stderr == "", done.stderr
     assert whole_files(server) == []
 
@@ -174,8 +173,7 @@ def test_without_a_network(server, home, tmp_path):
     server.closed = 503
     done = ask(server, home, "-p", QUESTION)
     refused(done, "cannot be reached: status 503", "only `mtp.safetensors` is not on this machine")
-    offline = "import huggingface_hub.constants as c; c.HF_HUB_OFFLINE = True"
-    done = ask(server, tmp_path / "other", "-p", QUESTION, patch=offline)
+    done = ask(server, tmp_path / "other", "-p", QUESTION, is_offline=True)
     refused(done, f"`{REPO}` is not on this machine, and HF_HUB_OFFLINE is set")
 
 
