@@ -144,6 +144,6 @@ right_speculate = Decoder.speculate
 def test_a_wrong_rule_is_rejected(models, monkeypatch, rule):
     monkeypatch.setattr(Decoder, "speculate", rule)
     options = SETTINGS["temperature"]
-    counts, _ = joint_counts(models, options, 1, FEW)
+    counts, _ = joint_counts(models, options, 1, 2 * FEW)
     expected = joint_distribution(models, options)
     assert not agrees(counts, expected) and not agrees(counts.sum(1), expected.sum(1))

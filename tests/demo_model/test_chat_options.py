@@ -32,7 +32,7 @@ def open_chat(demo_q4):
 @pytest.mark.parametrize("where", ["prompt", "reply"])
 def test_no_failure_of_a_turn_ends_the_session(open_chat, capsys, monkeypatch, where):
     """A Metal allocation or a template that fails threw away the model, minutes of loading (H5)."""
-    session = open_chat("--stats", "off")
+    session = open_chat("--stats", "off", "--drafts", "0")
     chat.answer_line(session, QUESTION)
     first = capsys.readouterr().out
     model, calls = session.loaded.model, []
