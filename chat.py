@@ -130,7 +130,12 @@ def make_parser() -> argparse.ArgumentParser:
     where, names = one_of("--experts", *experts), "|".join(experts)
     add("--experts", type=where, default="auto", metavar=names, help="see --plan")
     add("--expert-memory", type=number("expert_memory"), metavar="GB", help="for routed experts")
-    add("--context", type=number("context"), metavar="N", help="plan memory for N tokens")
+    add(
+        "--context",
+        type=number("context"),
+        metavar="N",
+        help="plan memory for N tokens; else 32,768, or what fits",
+    )
     add("--plan", action="store_true", help="print the memory plan and exit")
     add("--drafts", type=drafts, default="auto", metavar="auto|N", help="MTP drafts, 0 to 4")
     add("--trace", metavar="FILE", help="write the experts chosen by each token")
@@ -473,7 +478,7 @@ def repl(chat: Chat) -> None:
 def print_plan(options: argparse.Namespace) -> None:
     """Print what the model would take in memory, from headers alone."""
     from mlx_dsv3.load import plan_memory
-    from mlx_dsv3.memory import gigabytes
+    from mlx_dsv3.sizes import gigabytes
 
     plan = plan_memory(
         find_model(options),

@@ -5,7 +5,7 @@
 
 Without MODEL a random model of 64 experts, about 0.5 GB at 4 bits, is made in a temporary folder.
 Four programs take turns in one process: ours; ours with every product left to MLX and, the other
-way round, with every product of six tokens or more in NumPy, both up to 64 tokens; and mlx-lm. The
+way round, with every product of ten tokens or more in NumPy, both up to 64 tokens; and mlx-lm. The
 busy core is a second process that counts. `--rows` measures from how many rows on unpacking a
 weight and one product in NumPy is faster than MLX's product row by row, by format: the constants
 of `linear.py`. Prints conditions, a table, and one JSON line last.

@@ -17,7 +17,7 @@ from mlx_dsv3.config import ModelArgs, read_config, read_json
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.headers import INDEX, TensorInfo, join_headers, parse_header, read_header
 from mlx_dsv3.hub import HEADER_REQUESTS, Repo, cached_snapshots, is_repo_id
-from mlx_dsv3.memory import gigabytes
+from mlx_dsv3.sizes import gigabytes
 
 SIDECAR = "mtp.safetensors"
 PARTIAL = ".partial"

@@ -19,7 +19,9 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 PARTS = ("weight", "scales", "biases")
-MIN_TOKENS = 6  # of a call that may leave MLX: one more than a verification of drafts has
+# Tokens of a call that may leave MLX. A verification of drafts has fewer; with 8 the waiting for
+# arrays on the way there and back costs 8 % more than the products save (bench_prefill.py).
+MIN_TOKENS = 10
 # Rows of one weight from which unpacking it is faster than MLX's row by row, by format (2 cores,
 # matrices of 0.1 to 4 million weights: `python benchmarks/bench_prefill.py --rows`).
 FEWEST_ROWS = {

@@ -18,8 +18,8 @@ from mlx_dsv3.errors import UserError
 from mlx_dsv3.expert_files import EXPERT_KEY, FLOAT_BYTES, PROJECTIONS, LayerExperts
 from mlx_dsv3.headers import TensorInfo
 from mlx_dsv3.mla import ABSORBED_MAX_QUERIES, SCORE_BYTES
+from mlx_dsv3.sizes import GB, gigabytes, round_down, round_up
 
-GB = 10**9
 MOST_WIRED_SHARE = 0.95  # of the machine's memory, that a GPU can be allowed
 # MLX's Metal allocator changes its behaviour when 95 % of the recommended working set is active.
 USABLE_SHARE = 0.92
@@ -292,26 +292,6 @@ def slots_in_few_layers(args: ModelArgs, sizes: dict[int, int], budget: int) -> 
             slots[layer] -= fewer
             lacking -= fewer * sizes[layer]
     return slots
-
-
-def gigabytes(nbytes: float) -> str:
-    """Return a size for people: one decimal, three digits below 1 GB."""
-    value = nbytes / GB
-    return f"{value:.1f} GB" if value >= 1 else f"{value:.3g} GB"
-
-
-def round_up(nbytes: int) -> str:
-    """Return gigabytes to three digits, never less than `nbytes`."""
-    value = nbytes / GB
-    digits = f"{value:.3g}"
-    return digits if float(digits) >= value else f"{value * 1.01:.3g}"
-
-
-def round_down(nbytes: int) -> str:
-    """Return gigabytes to three digits, never more than `nbytes`."""
-    value = nbytes / GB
-    digits = f"{value:.3g}"
-    return digits if float(digits) <= value else f"{value * 0.99:.3g}"
 
 
 def refuse(plan: MemoryPlan, args: ModelArgs) -> None:
