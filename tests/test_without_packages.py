@@ -90,9 +90,9 @@ def test_a_program_names_the_package_it_lacks(module, missing):
     )
 
 
-def test_a_program_names_the_package_that_main_imports():
+def test_a_program_names_the_package_that_main_imports(converted):
     """chat.py imports the model inside its functions: `run_main` tells those as well."""
-    done = run_without(("mlx_lm",), as_program("chat", "demo/checkpoint", "-p", "Hello"))
+    done = run_without(("mlx_lm",), as_program("chat", str(converted("q4")), "-p", "Hello"))
     assert done.returncode == 2
     assert done.stderr == (
         "error: this program needs the package `mlx_lm`, which is not installed\n\n"
