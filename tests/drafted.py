@@ -78,14 +78,16 @@ class Drafted:
     def growth(self, drafts: int | Gate, tokens: int) -> tuple[float, float]:
         """Return what a decoded token adds to MLX's memory beside the caches, and to all memory.
 
-        In bytes; the first quarter of the tokens warms up and does not count.
+        In bytes; the first quarter of the tokens warms up and does not count, nor do buffers that
+        MLX keeps after their use, which have a limit of their own.
         """
         state, seen = self.state(), []
         self.feed(state, list(range(3, 40)))
         for i, _ in enumerate(self.run(state, 7, tokens, drafts)):
             if i in (tokens // 4, tokens - 1):
+                resident = resident_bytes() - mx.get_cache_memory()
                 caches = sum(cache.nbytes for cache in [*state.cache, state.mtp_cache])
-                seen.append((i, mx.get_active_memory() - caches, resident_bytes()))
+                seen.append((i, mx.get_active_memory() - caches, resident))
         (first, *before), (last, *after) = seen
         return tuple((b - a) / (last - first) for a, b in zip(before, after, strict=True))
 
