@@ -49,7 +49,7 @@ def test_memory_over_4000_tokens(loaded, streamed, experts, drafts):
     planned = side.plan.cache_bytes / side.plan.context
     print(f"drafts {drafts}, {experts}: planned {planned:.0f} bytes per token, beside the caches ")
     print(f"{beside:.0f}, resident set {resident:.0f}")
-    # The rest of the resident set is what malloc keeps of arrays that grew: 5.7 times with the leak.
+    # The rest is what malloc keeps of arrays that grew; it was 5.7 times the plan with the leak.
     assert abs(beside) < 0.1 * planned and resident < 2.2 * planned
 
 
