@@ -241,8 +241,10 @@ class Chat:
             context=options.context,
             trust_remote_code=options.trust_remote_code,
         )
-        if self.loaded.store.is_streamed and options.stats == "line":
-            tell_streaming(self.loaded)
+        if options.stats == "line":
+            tell_context(self.loaded, options.context)
+            if self.loaded.store.is_streamed:
+                tell_streaming(self.loaded)
         if options.trace is not None:
             self.loaded.store.trace_to(Path(options.trace))
         self.gate = make_gate(self.loaded, options.drafts)
@@ -264,39 +266,40 @@ class Chat:
         """
         from mlx_dsv3.generate import stream
 
-        self.conversation.add_user(text)
         reply, stats, reason, pieces = "", None, None, iter(())
         before = self.layers()
+        self.conversation.add_user(text)
         try:
-            pieces = stream(
-                self.loaded,
-                self.conversation.prompt_ids(),
-                max_tokens=self.options.max_tokens,
-                sampler=self.sampler,
-                drafts=self.gate,
-                state=self.state,
-            )
-            for piece in pieces:
-                reply, stats, reason = reply + piece.text, piece.stats, piece.finish_reason
-                print(piece.text, end="", flush=True)
-                if reason == "length":
-                    self.remark("(cut off at the token limit)")
-        except KeyboardInterrupt:
+            try:
+                pieces = stream(
+                    self.loaded,
+                    self.conversation.prompt_ids(),
+                    max_tokens=self.options.max_tokens,
+                    sampler=self.sampler,
+                    drafts=self.gate,
+                    state=self.state,
+                )
+                for piece in pieces:
+                    reply, stats, reason = reply + piece.text, piece.stats, piece.finish_reason
+                    print(piece.text, end="", flush=True)
+                    if reason == "length":
+                        self.remark("(cut off at the token limit)")
+            except KeyboardInterrupt:
+                if stats is not None:
+                    pieces.close()
+                reason = "interrupted"
+                self.remark("(stopped)")
+            print(flush=True)
             if stats is not None:
-                pieces.close()
-            reason = "interrupted"
-            self.remark("(stopped)")
-        except BaseException as error:
+                self.last_stats = stats
+                self.last_layers = {i: count - before[i] for i, count in self.layers().items()}
+                self.print_stats(reason)
+        except BaseException as error:  # a second Ctrl-C too
             self.conversation.undo()
             if reply and isinstance(error, Exception):
                 print(flush=True)  # the error begins its own line
             raise
         self.conversation.add_assistant(reply)
-        print(flush=True)
-        if stats is not None:
-            self.last_stats = stats
-            self.last_layers = {i: count - before[i] for i, count in self.layers().items()}
-            self.print_stats(reason)
 
     def layers(self) -> dict:
         """Return a copy of the counters of the layers that ask for experts, where some stream."""
@@ -337,6 +340,15 @@ class Chat:
         """Forget the conversation; the system prompt stays."""
         self.conversation.clear()
         print("(cleared)", file=sys.stderr)
+
+
+def tell_context(loaded, asked: int | None) -> None:
+    """Say where memory allows less context than there is by default."""
+    from mlx_dsv3.memory import DEFAULT_CONTEXT
+
+    planned, usual = loaded.plan.context, loaded.args.max_position_embeddings
+    if asked is None and planned < min(DEFAULT_CONTEXT, usual):
+        print(f"memory allows a context of {planned:,} tokens", file=sys.stderr)
 
 
 def tell_streaming(loaded) -> None:
@@ -513,9 +525,5 @@ def main(argv: list[str] | None = None) -> None:
         chat.loaded.store.close()
 
 
-def entry() -> None:
-    sys.exit(run_main(main))
-
-
 if __name__ == "__main__":
-    entry()
+    sys.exit(run_main(main))

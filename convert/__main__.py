@@ -203,10 +203,5 @@ def main(argv: list[str] | None = None) -> int:
     return COMMANDS[args.command](args) or 0
 
 
-def entry() -> None:
-    """Run as a console script."""
-    sys.exit(run_main(main))
-
-
 if __name__ == "__main__":
-    entry()
+    sys.exit(run_main(main))

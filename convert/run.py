@@ -220,13 +220,15 @@ class _Run:
 
     def refuse_changes(self) -> None:
         """Refuse shards that were changed while they were read: nobody knows which units saw it."""
-        for shard, begun in self.plan.source.stamps.items():
-            path = self.plan.source.path_of(shard)
-            if not path.exists() or stamp(path) != begun:
-                raise UserError(
-                    f"`{shard}` was changed while it was converted",
-                    "repeat the same command to convert it again",
-                )
+        stamps = self.plan.source.stamps
+        paths = {shard: self.plan.source.path_of(shard) for shard in stamps}
+        now = {shard: stamp(path) if path.exists() else None for shard, path in paths.items()}
+        changed = [shard for shard in stamps if now[shard] != stamps[shard]]
+        if changed:
+            hint = "repeat the same command to convert it again"
+            if len(changed) == len(stamps):  # perhaps another model: a resume would refuse it
+                hint = f"delete `{self.destination.partial}` and repeat the same command"
+            raise UserError(f"`{changed[0]}` was changed while it was converted", hint)
 
     def complete_folder(self, small_files: Callable[[Plan, Path], list[str]]) -> None:
         """Write everything that is no tensor, conversion.json last, and bring it to the disk."""

@@ -41,7 +41,7 @@ from mlx_dsv3.expert_files import (
     read_exactly,
 )
 from mlx_dsv3.headers import TensorInfo
-from mlx_dsv3.linear import multiply
+from mlx_dsv3.linear import fewest_rows, multiply
 
 NUM_READERS = 12
 # A reader that wants the GIL waits up to this long for the main thread (Python's default is 5 ms).
@@ -238,6 +238,11 @@ class Bank:
     def min_sorted_rows(self) -> int:
         """Rows below which Metal would leave the tiled kernel; CPU rows are computed alone."""
         return 4 * self.capacity if mx.default_device() == mx.Device(mx.gpu) else 0
+
+    @property
+    def dearest(self) -> Quantization | None:
+        """Return the format, of the two projections, that costs most to unpack for NumPy."""
+        return max((self.gate_up.quantization, self.down.quantization), key=fewest_rows)
 
     @property
     def nbytes(self) -> int:

@@ -11,8 +11,8 @@ what it took beyond plain steps for its tokens, or earns what it saved, and is t
 credit covers it in vain. So beyond the first `FIRST_STEPS` steps, drafting loses at most LOSS_SHARE
 of the time and `START_CREDIT` plain steps (or `MAX_CREDIT` of those that it saved before), whatever
 was forecast, and what the last return to plain steps took, a step at most. Not charged is the part
-of a step beyond twice what was expected: a kernel compiled at first use, or a disturbance of the
-machine, which says nothing about drafts.
+of a step beyond twice what was expected, a disturbance of the machine, which says nothing about
+drafts; nor is the first step with so many drafts, which compiles kernels.
 """
 
 import math

@@ -110,7 +110,7 @@ def check_ids(loaded: Loaded, ids: list[int]) -> None:
     if len(ids) >= limit < loaded.args.max_position_embeddings:
         raise UserError(
             f"the prompt has {len(ids):,} tokens and memory is planned for {limit:,}",
-            "give a larger `--context`, or `/clear` the conversation first",
+            "`/clear` the conversation first, or give a larger `--context` where memory allows it",
         )
     if len(ids) >= limit:
         raise UserError(

@@ -19,9 +19,8 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 PARTS = ("weight", "scales", "biases")
-# Tokens of a call that may leave MLX. A verification of drafts has fewer; with 8 the waiting for
-# arrays on the way there and back costs 8 % more than the products save (bench_prefill.py).
-MIN_TOKENS = 10
+MIN_TOKENS = 6  # of a call that may leave MLX: one more than a verification of drafts has
+WAIT_ROWS = 3  # that the wait for arrays, on their way to NumPy and back, costs a call (8 tokens)
 # Rows of one weight from which unpacking it is faster than MLX's row by row, by format (2 cores,
 # matrices of 0.1 to 4 million weights: `python benchmarks/bench_prefill.py --rows`).
 FEWEST_ROWS = {
@@ -45,7 +44,13 @@ def on_cpu(x: mx.array) -> bool:
 
 def fewest_rows(packing) -> int:
     """Return the rows from which NumPy is the faster one for a weight of this format."""
-    return 1 if packing is None else FEWEST_ROWS[packing.mode, packing.bits]
+    unknown = max(FEWEST_ROWS.values())
+    return 1 if packing is None else FEWEST_ROWS.get((packing.mode, packing.bits), unknown)
+
+
+def goes_to_numpy(x: mx.array, rows: int, packing) -> bool:
+    """Say whether a call with so many rows of x leaves MLX."""
+    return on_cpu(x) and rows >= max(MIN_TOKENS, fewest_rows(packing) + WAIT_ROWS)
 
 
 @cache
@@ -108,7 +113,7 @@ class QuantizedLinear(nn.QuantizedLinear):
 
 def apply_many(layer: nn.Module, x: mx.array, packing) -> mx.array | None:
     """Return the layer's output for x (..., in) of many rows on a CPU, else None."""
-    if x.shape[-2] < max(MIN_TOKENS, fewest_rows(packing)) or not on_cpu(x):
+    if not goes_to_numpy(x, x.shape[-2], packing):
         return None
     rows = np.array(x.reshape(-1, x.shape[-1]), copy=False)
     parts = layer.get("scales"), layer.get("biases")

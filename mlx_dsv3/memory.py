@@ -194,7 +194,8 @@ def make_plan(
         )
     limit = int(available_bytes() * USABLE_SHARE) if limit_bytes is None else limit_bytes
     sizes = sizes_of(tensors, args, dtype)
-    length = min(context or DEFAULT_CONTEXT, args.max_position_embeddings)
+    length = DEFAULT_CONTEXT if context is None else context
+    length = min(length, args.max_position_embeddings)
     plan = plan_at(length, sizes, args, dtype, experts, expert_memory_gb, limit)
     while plan.total_bytes > limit and context is None and length >= 2 * LEAST_CONTEXT:
         length //= 2

@@ -16,7 +16,7 @@ import numpy as np
 from mlx_lm.models.activations import swiglu
 
 from mlx_dsv3.config import ModelArgs
-from mlx_dsv3.linear import MIN_TOKENS, Joined, Linear, fewest_rows, on_cpu
+from mlx_dsv3.linear import Joined, Linear, fewest_rows, goes_to_numpy
 
 # Splitting a step into hits and misses costs two launches more; not worth it for shorter reads.
 HITS_FIRST_AFTER_S = 0.0005
@@ -119,9 +119,9 @@ def wants_sorted(num_rows: int, bank) -> bool:
     return num_rows >= 4 * bank.num_experts
 
 
-def wants_host(x: mx.array) -> bool:
+def wants_host(bank, x: mx.array) -> bool:
     """Say whether some experts may have many rows of x (T, D) on a CPU (`linear.py`)."""
-    return len(x) >= MIN_TOKENS and on_cpu(x)
+    return goes_to_numpy(x, len(x), bank.dearest)
 
 
 class Rows:
@@ -131,10 +131,10 @@ class Rows:
         self.bank, self.x, self.shape = bank, x, experts.shape
         self.experts = experts.reshape(-1)
         self.is_sorted = wants_sorted(self.experts.size, bank)
-        if wants_host(x):
+        if wants_host(bank, x):
             self.x_on_host = np.array(x, copy=False)
-            fewest = max(fewest_rows(p.quantization) for p in (bank.gate_up, bank.down))
-            self.is_on_host = np.bincount(self.experts, minlength=bank.num_experts) >= fewest
+            counts = np.bincount(self.experts, minlength=bank.num_experts)
+            self.is_on_host = counts >= fewest_rows(bank.dearest)
         else:
             self.is_on_host = np.zeros(bank.num_experts, bool)
         self.parts: list[mx.array] = []
@@ -173,7 +173,8 @@ class Rows:
         x = self.x[mx.array(tokens)][:, None]
         y = compute_experts(self.bank, x, mx.array(slots), self.is_sorted)[: len(rows)]
         mx.async_eval(y)
-        self.bank.read_by(used, y)
+        if not self.bank.is_resident:  # whose slots never change
+            self.bank.read_by(used, y)
         self.parts.append(y)
 
     def result(self) -> mx.array:
@@ -253,7 +254,7 @@ class MoE(nn.Module):
         indices, weights = self.gate(x)  # (B, L, K)
         shared = self.shared_experts(x) if "shared_experts" in self else None
         flat, K = x.flatten(0, -2), indices.shape[-1]
-        if not (self.bank.wants_ids or wants_host(flat)):
+        if not (self.bank.wants_ids or wants_host(self.bank, flat)):
             y = routed_resident(self.bank, flat, indices.reshape(-1, K))
         else:
             mx.async_eval(indices)

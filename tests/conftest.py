@@ -1,6 +1,7 @@
 """Fixtures of both sides. Those that need MLX are in mlx_fixtures.py: a CUDA machine has none."""
 
 import importlib.util
+import math
 import signal
 import time
 from datetime import date
@@ -34,6 +35,7 @@ def share(items: list, day: int) -> list:
     return chosen[first:] + chosen[:first]
 
 
+@pytest.hookimpl(trylast=True)  # what other lanes hold is deselected first
 def pytest_collection_modifyitems(config, items):
     if config.getoption("turn"):
         items[:] = share(items, date.today().toordinal())
@@ -46,13 +48,25 @@ def out_of_time(*_):
 def pytest_runtest_setup(item):
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("PyTorch finds no NVIDIA GPU")
-    if minutes := item.config.getoption("turn"):
+    if seconds_left(item.config) <= 0:
+        out_of_time()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Cut the test off when the turn is over; never pytest itself, which would end in an error."""
+    if item.config.getoption("turn"):
         signal.signal(signal.SIGALRM, out_of_time)
-        signal.setitimer(signal.ITIMER_REAL, max(1e-3, BEGAN + 60 * minutes - time.monotonic()))
+        signal.setitimer(signal.ITIMER_REAL, max(1e-3, seconds_left(item.config)))
+    try:
+        return (yield)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def pytest_runtest_teardown():
-    signal.setitimer(signal.ITIMER_REAL, 0)
+def seconds_left(config) -> float:
+    minutes = config.getoption("turn")
+    return BEGAN + 60 * minutes - time.monotonic() if minutes else math.inf
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ ROWS = [
     {"mtp", "folder", "state"},
     {"load", "speculative", "replay"},
     {"generate", "bounds"},
-    {"parity"},
+    {"parity", "programs"},
 ]
 NO_TENSORS = {"errors", "sizes", "config", "headers", "conversation"}
 REFERENCE_MAY = {"torch", "safetensors", "tokenizers", "huggingface_hub", "triton"}

@@ -100,6 +100,18 @@ def test_a_program_names_the_package_that_main_imports(converted):
     )
 
 
+@pytest.mark.parametrize(
+    "program, missing", [("convert", "mlx"), ("parity", "mlx"), ("chat", "mlx_lm")]
+)
+def test_installed_programs_name_it_too(program, missing, converted):
+    """Their modules are imported, not run: the absence was a traceback there."""
+    argv = [program, str(converted("q4")), "-p", "Hello"]
+    code = f"from mlx_dsv3 import programs; sys.argv = {argv}; programs.{program}()"
+    done = run_without((missing,), code)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: this program needs the package `{missing}`, which is")
+
+
 def test_mlx_without_a_backend():
     """`pip install .` on Linux, without the extra `cpu`: MLX's wheel says `libmlx.so`."""
     error = ImportError("libmlx.so: cannot open shared object file", name="core")
