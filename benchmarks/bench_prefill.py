@@ -5,7 +5,7 @@
 
 Without MODEL a random model of 64 experts, about 0.5 GB at 4 bits, is made in a temporary folder.
 Four programs take turns in one process: ours; ours with every product left to MLX and, the other
-way round, with every product of ten tokens or more in NumPy, both up to 64 tokens; and mlx-lm. The
+way round, with every product of six tokens or more in NumPy, both up to 64 tokens; and mlx-lm. The
 busy core is a second process that counts. `--rows` measures from how many rows on unpacking a
 weight and one product in NumPy is faster than MLX's product row by row, by format: the constants
 of `linear.py`. Prints conditions, a table, and one JSON line last.
@@ -31,7 +31,7 @@ from mlx_lm.utils import load_model as load_in_mlx_lm
 from synthetic import BASE, write_folder
 
 from convert.recipe import Quantization
-from mlx_dsv3 import linear, moe
+from mlx_dsv3 import linear
 from mlx_dsv3.load import load_model
 
 TOKENS = (8, 16, 24, 32, 64, 128, 256, 512)
@@ -50,15 +50,15 @@ def seconds_of(model, ids: mx.array) -> float:
 @contextmanager
 def all_in_mlx() -> Iterator[None]:
     """Leave every product to MLX, as on a GPU."""
-    never = {"on_cpu": lambda x: False}
-    with mock.patch.multiple(linear, **never), mock.patch.multiple(moe, **never):
+    with mock.patch.object(linear, "on_cpu", lambda x: False):
         yield
 
 
 @contextmanager
 def all_in_numpy() -> Iterator[None]:
     """Take NumPy for a single row of an expert too."""
-    with mock.patch.dict(linear.FEWEST_ROWS, dict.fromkeys(linear.FEWEST_ROWS, 1)):
+    rows = dict.fromkeys(linear.FEWEST_ROWS, 1)
+    with mock.patch.dict(linear.FEWEST_ROWS, rows), mock.patch.object(linear, "WAIT_ROWS", 0):
         yield
 
 

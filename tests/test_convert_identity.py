@@ -234,6 +234,24 @@ def test_a_shard_that_changes_while_it_is_converted(models, run, tmp_path, monke
     assert run("verify", out, "--source", model, "--full")[0] == 0
 
 
+def test_all_shards_change_while_they_are_converted(models, run, tmp_path, monkeypatch):
+    """The hint said to repeat the command, and the repeated command refused."""
+    model, out, real = copy(models[0], tmp_path / "model"), tmp_path / "out", _Run.convert
+
+    def convert(self):
+        real(self)
+        for shard in shards(model):
+            negate_weights(shard)
+
+    monkeypatch.setattr(_Run, "convert", convert)
+    status, text = run("run", model, out)
+    partial = out / ".partial"
+    assert status == 2 and f"hint: delete `{partial}` and repeat the same command" in text
+    monkeypatch.undo()
+    shutil.rmtree(partial)
+    assert run("run", model, out)[0] == 0
+
+
 def test_a_journal_without_content(models, run, stop, tmp_path, monkeypatch):
     """A conversion begun by an earlier version gets a sentence, not a KeyError."""
     out = tmp_path / "out"

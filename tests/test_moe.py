@@ -323,11 +323,19 @@ def test_many_rows_equal_few(monkeypatch, packing, block_bytes):
     x = mx.random.normal((2, 24, 64), key=mx.random.key(0))
     rows = [layer(x[:, i : i + 1]) for i in range(24)]
     assert_close(packing, layer(x), mx.concatenate(rows, axis=1), LAYER)
-    most = max(linear.MIN_TOKENS, linear.fewest_rows(q)) - 1
+    most = max(linear.MIN_TOKENS, linear.fewest_rows(q) + linear.WAIT_ROWS) - 1
     few, many = layer(x[:, :most]), layer(x)
     monkeypatch.setattr(linear, "on_cpu", lambda x: False)
     assert same_bits(few, layer(x[:, :most]))
     assert most >= 24 or not same_bits(many, layer(x))  # both products did run
+
+
+def test_a_format_that_was_not_measured(monkeypatch):
+    """1 bit is in no table of ours: every forward of such a folder ended in a KeyError."""
+    layer = Linear(64, 96).to_quantized(group_size=64, bits=1, mode="affine")
+    x = mx.random.normal((1, 40, 64), key=mx.random.key(0))
+    rows = [layer(x[:, i : i + 1]) for i in range(40)]
+    assert_close("1 bit", layer(x), mx.concatenate(rows, axis=1), LAYER)
 
 
 def test_verification_never_takes_the_product_of_many_rows():

@@ -111,7 +111,6 @@ def test_200_tokens_are_the_same_bits_at_every_capacity(folder_of, packing, arra
 def test_gathered_prefills_are_the_same_bits_too(folder_of, packing, monkeypatch):
     """A GPU gathers rows where a CPU takes one dense product an expert."""
     on_host, _ = logits_of(folder_of(packing), E, 0)
-    monkeypatch.setattr(moe, "on_cpu", lambda x: False)
     monkeypatch.setattr(linear, "on_cpu", lambda x: False)
     resident, _ = logits_of(folder_of(packing), E, 0)
     for capacity in K, E // 4:
@@ -130,9 +129,17 @@ def test_a_full_bank_read_the_streamed_way_gives_the_same_bits(folder_of, monkey
     assert np.array_equal(forced, resident)
 
 
+def test_a_resident_bank_keeps_no_activations(folder_of):
+    """On a CPU its prompts go the streamed way, but no slot ever changes: nothing to wait for."""
+    model, _, store, *_ = load_with(folder_of("q4"), E)
+    mx.eval(model(mx.array(PROMPT[None]), model.make_cache()))
+    assert not any(bank.readers for bank in store.banks.values())
+    store.close()
+
+
 def test_padded_waves_give_the_same_bits(folder_of, monkeypatch):
     """On Metal the rows of a wave are padded to keep its kernel; no Linux test reaches that."""
-    monkeypatch.setattr(moe, "on_cpu", lambda x: False)
+    monkeypatch.setattr(linear, "on_cpu", lambda x: False)
     resident, _ = logits_of(folder_of("q4"), E, 0)
     from mlx_dsv3.expert_store import Bank
 

@@ -9,7 +9,7 @@ import pytest
 
 import chat
 from demo_model.test_chat import QUESTION, refused, run
-from mlx_dsv3 import expert_files
+from mlx_dsv3 import expert_files, memory
 
 STREAMED = ("--expert-memory", "0.002")
 
@@ -27,6 +27,24 @@ def open_chat(demo_q4):
     yield start
     for one in chats:
         one.loaded.store.close()
+
+
+def test_a_context_that_shrank_is_told(open_chat, capsys, monkeypatch):
+    """Its limit was met by surprise, with a hint to ask for what does not fit."""
+    open_chat()
+    assert "memory allows" not in capsys.readouterr().err
+    monkeypatch.setattr(memory, "available_bytes", lambda: 2 * 10**8)
+    session = open_chat()
+    told = capsys.readouterr().err
+    assert f"memory allows a context of {session.loaded.plan.context:,} tokens\n" in told
+
+
+def test_a_failure_after_the_reply_leaves_no_turn(open_chat, capsys, monkeypatch):
+    """`The conversation is as it was before the turn`: also when the statistics fail."""
+    session = open_chat()
+    monkeypatch.setattr(session, "print_stats", lambda reason: 1 / 0)
+    chat.answer_line(session, QUESTION)
+    assert "ZeroDivisionError" in capsys.readouterr().err and not session.conversation.messages
 
 
 @pytest.mark.parametrize("where", ["prompt", "reply"])
