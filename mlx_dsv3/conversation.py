@@ -10,14 +10,6 @@ import re
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def common_prefix_length(a: list[int], b: list[int]) -> int:
-    """Return how many leading ids two lists share."""
-    for i, (left, right) in enumerate(zip(a, b, strict=False)):
-        if left != right:
-            return i
-    return min(len(a), len(b))
-
-
 def clean(text: str) -> str:
     """Replace what was not UTF-8, which terminals and command lines hand over as surrogates."""
     return SURROGATE.sub("\ufffd", text)

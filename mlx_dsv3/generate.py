@@ -11,14 +11,13 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from mlx_dsv3.conversation import common_prefix_length
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.expert_store import Counters
 from mlx_dsv3.gate import MAX_DRAFTS, Gate
 from mlx_dsv3.load import Loaded
 from mlx_dsv3.sampler import Sampler
 from mlx_dsv3.speculative import Decoder, DraftStats, catch_up, decode
-from mlx_dsv3.state import State
+from mlx_dsv3.state import State, common_prefix_length
 
 
 @dataclass

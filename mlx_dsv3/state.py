@@ -27,6 +27,14 @@ from mlx_dsv3.model import Model
 FORMAT = "mlx_dsv3 conversation 1"
 
 
+def common_prefix_length(a: list[int], b: list[int]) -> int:
+    """Return how many leading ids two lists share."""
+    for i, (left, right) in enumerate(zip(a, b, strict=False)):
+        if left != right:
+            return i
+    return min(len(a), len(b))
+
+
 @dataclass
 class State:
     """Caches and ids of one sequence. `mtp_cache` is None where drafts are never wanted."""

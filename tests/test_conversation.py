@@ -1,6 +1,6 @@
 """Messages and ids: one BOS, history in the template, control tokens in user text disarmed."""
 
-from mlx_dsv3.conversation import Conversation, common_prefix_length
+from mlx_dsv3.conversation import Conversation
 
 
 class Token:
@@ -62,10 +62,3 @@ def test_undo_drops_the_last_turn_and_clear_everything():
     conversation.clear()
     assert conversation.messages == []
     conversation.undo()  # nothing to undo is no error
-
-
-def test_common_prefix_length():
-    assert common_prefix_length([1, 2, 3], [1, 2, 4]) == 2
-    assert common_prefix_length([1, 2], [1, 2, 4]) == 2
-    assert common_prefix_length([], [1]) == 0
-    assert common_prefix_length([2], [1]) == 0

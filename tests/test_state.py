@@ -9,9 +9,8 @@ from interrupt import Interrupt
 
 import mlx_dsv3
 from mlx_dsv3.cache import LatentCache
-from mlx_dsv3.conversation import common_prefix_length
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.state import State, load_state
+from mlx_dsv3.state import State, common_prefix_length, load_state
 
 PROMPT = [3, 4, 5, 150, 7]
 OTHER = [91, 92, 93, 94]
@@ -257,3 +256,10 @@ def test_rows_of_another_shape_are_refused(model, tmp_path):
     mx.save_safetensors(str(path), arrays | {"layers.99": arrays["layers.0"]}, metadata)
     with pytest.raises(UserError, match="`layers.99` has shape .* not None"):
         load_state(path, model.model)
+
+
+def test_common_prefix_length():
+    assert common_prefix_length([1, 2, 3], [1, 2, 4]) == 2
+    assert common_prefix_length([1, 2], [1, 2, 4]) == 2
+    assert common_prefix_length([], [1]) == 0
+    assert common_prefix_length([2], [1]) == 0
