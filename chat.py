@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from mlx_dsv3.conversation import Conversation, clean
+from mlx_dsv3.conversation.messages import Conversation, clean
+from mlx_dsv3.decoding.draft_control import MAX_DRAFTS
 from mlx_dsv3.errors import Parser, UserError, run_main
-from mlx_dsv3.gate import MAX_DRAFTS
 
 DEMO = Path("build/demo-q4")
 SLOW_DISK = 0.5e9  # bytes a second: an external or network disk
@@ -154,7 +154,7 @@ def package_version() -> str:
 
 def find_model(options: argparse.Namespace):
     """Open MODEL by its headers, else the demo model where it was built; nothing is loaded yet."""
-    from mlx_dsv3.folder import open_model
+    from mlx_dsv3.checkpoint.folder import open_model
 
     if options.model is None and not DEMO.is_dir():
         raise UserError(
@@ -211,7 +211,7 @@ def sampling_defaults(path: Path) -> dict[str, float]:
 
 def make_sampler(options: argparse.Namespace, folder: Path):
     """Take sampling settings from the flags, then from generation_config.json, else greedy."""
-    from mlx_dsv3.sampler import Sampler, repetition_penalties
+    from mlx_dsv3.decoding.sampler import Sampler, repetition_penalties
 
     path = folder / "generation_config.json"
     settings = sampling_defaults(path)

@@ -24,9 +24,9 @@ from mlx_lm.models.deepseek_v3 import ModelArgs as TheirArgs
 from rich.console import Console
 from rich.table import Table
 
-from mlx_dsv3.cache import LatentCache
 from mlx_dsv3.config import ModelArgs
-from mlx_dsv3.mla import MLA
+from mlx_dsv3.model.cache import LatentCache
+from mlx_dsv3.model.mla import MLA
 
 V3 = {
     "model_type": "deepseek_v3",

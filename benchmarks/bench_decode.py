@@ -21,7 +21,7 @@ from conditions import print_conditions
 from mlx_lm.utils import load_model as load_in_mlx_lm
 from synthetic import BASE, write_folder
 
-from mlx_dsv3.expert_store import ExpertStore
+from mlx_dsv3.experts.store import ExpertStore
 from mlx_dsv3.load import load_model
 
 

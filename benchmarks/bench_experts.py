@@ -35,10 +35,10 @@ from conditions import print_conditions
 from policies import replay
 from synthetic import BASE, drop_from_page_cache, write_folder
 
-from mlx_dsv3 import moe
-from mlx_dsv3.expert_store import NUM_READERS, ExpertStore, Files
-from mlx_dsv3.folder import open_folder
+from mlx_dsv3.checkpoint.folder import open_folder
+from mlx_dsv3.experts.store import NUM_READERS, ExpertStore, Files
 from mlx_dsv3.load import load, load_model, plan_memory
+from mlx_dsv3.model import moe
 
 V3_LAYER = BASE | {
     "vocab_size": 1024,

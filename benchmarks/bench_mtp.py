@@ -33,11 +33,11 @@ from rich.console import Console
 from rich.table import Table
 from subjects import Subject
 
-from mlx_dsv3.gate import MAX_DRAFTS, Gate
+from mlx_dsv3.decoding.draft_control import MAX_DRAFTS, Gate
+from mlx_dsv3.decoding.sampler import Sampler
+from mlx_dsv3.decoding.state import State
+from mlx_dsv3.decoding.steps import Decoder, DraftStats, decode
 from mlx_dsv3.generate import prefill
-from mlx_dsv3.sampler import Sampler
-from mlx_dsv3.speculative import Decoder, DraftStats, decode
-from mlx_dsv3.state import State
 
 MODES = (0, 1, 2, 3, 4, "auto")
 MAC_RATIOS = (1.2, 1.4, 1.6)  # R of one draft as reported for Macs

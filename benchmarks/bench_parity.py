@@ -21,7 +21,7 @@ from rich.table import Table
 
 from convert.__main__ import main as convert
 from convert.recipe import RECIPES
-from mlx_dsv3.parity import main as parity
+from mlx_dsv3.parity.__main__ import main as parity
 
 ROOT = Path(__file__).parent.parent
 COLUMNS = ("error", "worst", "channel", "router", "outside ties", "KL", "perplexity", "best token")

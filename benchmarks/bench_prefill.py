@@ -31,8 +31,8 @@ from mlx_lm.utils import load_model as load_in_mlx_lm
 from synthetic import BASE, write_folder
 
 from convert.recipe import Quantization
-from mlx_dsv3 import linear
 from mlx_dsv3.load import load_model
+from mlx_dsv3.model import linear
 
 TOKENS = (8, 16, 24, 32, 64, 128, 256, 512)
 MOST_FORCED = 64  # tokens, of the programs that must not choose

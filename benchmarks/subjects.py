@@ -13,12 +13,12 @@ import mlx.core as mx
 from synthetic import BASE, write_folder
 
 from convert.__main__ import main as convert
-from mlx_dsv3.conversation import Conversation
-from mlx_dsv3.expert_store import ExpertStore
+from mlx_dsv3.conversation.messages import Conversation
+from mlx_dsv3.experts.store import ExpertStore
 from mlx_dsv3.load import load, load_model, plan_memory
 from mlx_dsv3.memory import MemoryPlan
-from mlx_dsv3.model import Model
-from mlx_dsv3.mtp import MTP
+from mlx_dsv3.model.decoder import Model
+from mlx_dsv3.model.mtp import MTP
 
 DEMO = Path(__file__).parent.parent / "demo"
 BOOST, NOISE = 2048.0, 0.02  # of the embedding, and of the guess: about 85 % accepted

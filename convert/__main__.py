@@ -24,7 +24,7 @@ with imports(__name__):
     from convert.shards import DEFAULT_JOBS, Shards, disk_peak
     from convert.sidecar import mtp_prefix_of, plan_sidecar, write_config
     from convert.source import Source, open_folder
-    from mlx_dsv3.hub import Repo, is_repo_id
+    from mlx_dsv3.checkpoint.hub import Repo, is_repo_id
 
 
 def parser() -> argparse.ArgumentParser:

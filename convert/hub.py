@@ -15,9 +15,9 @@ from convert.source import (
     read_index,
     refuse_config,
 )
+from mlx_dsv3.checkpoint.hub import HEADER_REQUESTS, Repo
 from mlx_dsv3.config import read_config, read_json
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.hub import HEADER_REQUESTS, Repo
 
 
 def open_repo(repo: Repo, prefix: Callable[[dict], str] = lambda _: "") -> Source:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 
 from convert.source import Source, read_bytes
-from mlx_dsv3.hub import HEADER_REQUESTS
+from mlx_dsv3.checkpoint.hub import HEADER_REQUESTS
 
 SAMPLE_BYTES = 4096
 LATER_EXPERT = re.compile(r"\.experts\.(?!0\.)\d+\.")  # V3: 1,700 reads instead of 92,000

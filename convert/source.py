@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from mlx_dsv3.checkpoint.headers import AGAIN, header_length
 from mlx_dsv3.config import ModelArgs, read_config, read_json
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.headers import AGAIN, header_length
 
 DTYPE_BYTES = {
     "F8_E4M3": 1,

@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from mlx_dsv3.conversation import Conversation
+from mlx_dsv3.conversation.messages import Conversation
 from mlx_dsv3.errors import run_main
 from mlx_dsv3.generate import stream
 from mlx_dsv3.load import Loaded, load

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
+from mlx_dsv3.decoding.draft_control import MAX_DRAFTS, Gate
+from mlx_dsv3.decoding.sampler import Sampler
+from mlx_dsv3.decoding.state import State, common_prefix_length
+from mlx_dsv3.decoding.steps import Decoder, DraftStats, catch_up, decode
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.expert_store import Counters
-from mlx_dsv3.gate import MAX_DRAFTS, Gate
+from mlx_dsv3.experts.store import Counters
 from mlx_dsv3.load import Loaded
-from mlx_dsv3.sampler import Sampler
-from mlx_dsv3.speculative import Decoder, DraftStats, catch_up, decode
-from mlx_dsv3.state import State, common_prefix_length
 
 
 @dataclass

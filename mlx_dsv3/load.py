@@ -15,17 +15,17 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_tokenizer
 from transformers import PreTrainedConfig
 
+from mlx_dsv3.checkpoint.folder import SIDECAR, Folder, fetch, open_model
+from mlx_dsv3.checkpoint.headers import TensorInfo
 from mlx_dsv3.config import ModelArgs, read_json
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.expert_files import EXPERT_KEY, infer_quantization
-from mlx_dsv3.expert_store import ExpertStore
-from mlx_dsv3.folder import SIDECAR, Folder, fetch, open_model
-from mlx_dsv3.headers import TensorInfo
+from mlx_dsv3.experts.files import EXPERT_KEY, infer_quantization
+from mlx_dsv3.experts.store import ExpertStore
 from mlx_dsv3.memory import BUFFER_CACHE_BYTES, MemoryPlan, available_bytes, make_plan
-from mlx_dsv3.mla import MLA
-from mlx_dsv3.model import Model
-from mlx_dsv3.moe import MLP, MoE
-from mlx_dsv3.mtp import MTP
+from mlx_dsv3.model.decoder import Model
+from mlx_dsv3.model.mla import MLA
+from mlx_dsv3.model.moe import MLP, MoE
+from mlx_dsv3.model.mtp import MTP
 
 SAFETENSORS_DTYPES = {mx.uint8: "U8"}
 

@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from mlx_dsv3.checkpoint.headers import TensorInfo
 from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.expert_files import EXPERT_KEY, FLOAT_BYTES, PROJECTIONS, LayerExperts
-from mlx_dsv3.headers import TensorInfo
-from mlx_dsv3.mla import ABSORBED_MAX_QUERIES, SCORE_BYTES
+from mlx_dsv3.experts.files import EXPERT_KEY, FLOAT_BYTES, PROJECTIONS, LayerExperts
+from mlx_dsv3.model.mla import ABSORBED_MAX_QUERIES, SCORE_BYTES
 from mlx_dsv3.sizes import GB, gigabytes, round_down, round_up
 
 MOST_WIRED_SHARE = 0.95  # of the machine's memory, that a GPU can be allowed

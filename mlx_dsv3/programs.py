@@ -19,4 +19,4 @@ def convert() -> None:
 
 
 def parity() -> None:
-    run("mlx_dsv3.parity")
+    run("mlx_dsv3.parity.__main__")

@@ -16,13 +16,13 @@ import tiny
 import torch
 from mlx_folder import write_mlx
 
-from mlx_dsv3.gate import Gate
+from mlx_dsv3.decoding.draft_control import Gate
+from mlx_dsv3.decoding.sampler import Sampler
+from mlx_dsv3.decoding.state import State
+from mlx_dsv3.decoding.steps import Decoder, DraftStats, catch_up, decode
 from mlx_dsv3.load import load_model
-from mlx_dsv3.model import Model
-from mlx_dsv3.mtp import MTP
-from mlx_dsv3.sampler import Sampler
-from mlx_dsv3.speculative import Decoder, DraftStats, catch_up, decode
-from mlx_dsv3.state import State
+from mlx_dsv3.model.decoder import Model
+from mlx_dsv3.model.mtp import MTP
 
 OUTPUTS = ("o_proj.weight", "down_proj.weight")
 

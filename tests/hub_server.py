@@ -171,7 +171,7 @@ def know_only(server: Hub, home: Path, monkeypatch) -> None:
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr("mlx_dsv3.hub.WAITS_S", ())
+    monkeypatch.setattr("mlx_dsv3.checkpoint.hub.WAITS_S", ())
 
 
 def shard_requests(server: Hub) -> list:

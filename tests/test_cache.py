@@ -3,7 +3,7 @@
 import mlx.core as mx
 import pytest
 
-from mlx_dsv3.cache import GROWTH, LatentCache
+from mlx_dsv3.model.cache import GROWTH, LatentCache
 
 
 def numbered(start: int, length: int, width: int = 48) -> mx.array:

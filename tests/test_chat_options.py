@@ -11,9 +11,9 @@ import mlx.core as mx
 import pytest
 
 import chat
+from mlx_dsv3.decoding.sampler import Sampler
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.generate import make_gate
-from mlx_dsv3.sampler import Sampler
 
 ROOT = Path(__file__).parents[1]
 BAD = {

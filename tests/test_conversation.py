@@ -1,6 +1,6 @@
 """Messages and ids: one BOS, history in the template, control tokens in user text disarmed."""
 
-from mlx_dsv3.conversation import Conversation
+from mlx_dsv3.conversation.messages import Conversation
 
 
 class Token:

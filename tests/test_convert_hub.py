@@ -22,10 +22,10 @@ CHILD = """
 import sys
 import huggingface_hub.constants
 import mlx.core as mx
-import mlx_dsv3.hub
+import mlx_dsv3.checkpoint.hub
 from convert.__main__ import main
 from mlx_dsv3.errors import run_main
-mlx_dsv3.hub.WAITS_S = (0.05,) * 3
+mlx_dsv3.checkpoint.hub.WAITS_S = (0.05,) * 3
 mx.set_default_device(mx.cpu)  # as the conversion that its files are compared with
 huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 1000  # of a piece that is cut nothing is kept
 sys.exit(run_main(lambda: main(sys.argv[1:])))

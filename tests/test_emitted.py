@@ -13,13 +13,13 @@ import tiny
 from chi_square import agrees, distribution
 from test_sampler import SETTINGS
 
-from mlx_dsv3.cache import LatentCache
 from mlx_dsv3.config import ModelArgs
-from mlx_dsv3.gate import Gate
-from mlx_dsv3.model import Model
-from mlx_dsv3.sampler import Sampler, repetition_penalties
-from mlx_dsv3.speculative import Decoder, DraftStats, decode
-from mlx_dsv3.state import State
+from mlx_dsv3.decoding.draft_control import Gate
+from mlx_dsv3.decoding.sampler import Sampler, repetition_penalties
+from mlx_dsv3.decoding.state import State
+from mlx_dsv3.decoding.steps import Decoder, DraftStats, decode
+from mlx_dsv3.model.cache import LatentCache
+from mlx_dsv3.model.decoder import Model
 
 SIZE, FIRST, LAST = 6, 0, 2  # the prompt is FIRST and LAST
 PENALISED = {"penalised": {"temp": 1.0, "penalty": 2.0}}

@@ -10,18 +10,18 @@ import torch
 from compare import same_bits
 from mlx_folder import save_ordered, to_mlx, write_mlx
 
-from mlx_dsv3 import expert_files
+from mlx_dsv3.checkpoint.headers import read_header, read_headers
 from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.expert_files import (
+from mlx_dsv3.experts import files as expert_files
+from mlx_dsv3.experts.files import (
     LayerExperts,
     Quantization,
     convert_floats,
     infer_quantization,
     read_exactly,
 )
-from mlx_dsv3.expert_store import ExpertStore
-from mlx_dsv3.headers import read_header, read_headers
+from mlx_dsv3.experts.store import ExpertStore
 
 CONFIG = tiny.D | {"num_hidden_layers": 2}  # widths that every packing divides
 ARGS = ModelArgs.from_dict(CONFIG)

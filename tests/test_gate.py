@@ -11,7 +11,14 @@ from statistics import median
 
 import pytest
 
-from mlx_dsv3.gate import FIRST_STEPS, LOSS_SHARE, MAX_CREDIT, MAX_DRAFTS, START_CREDIT, Gate
+from mlx_dsv3.decoding.draft_control import (
+    FIRST_STEPS,
+    LOSS_SHARE,
+    MAX_CREDIT,
+    MAX_DRAFTS,
+    START_CREDIT,
+    Gate,
+)
 
 PLAIN_S = 0.01
 

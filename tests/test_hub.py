@@ -14,8 +14,8 @@ import chat
 from convert.__main__ import main
 from convert.hub import open_repo
 from convert.transform import Raw, to_bfloat16
+from mlx_dsv3.checkpoint.hub import Repo
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.hub import Repo
 from mlx_dsv3.reference import fp8
 
 pytestmark = pytest.mark.hub

@@ -3,24 +3,27 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# A module of mlx_dsv3 may import those of earlier rows. A new module must be given a row.
+# The rooms of mlx_dsv3, and the files beside them. Each may import those of earlier rows.
 ROWS = [
     {"errors", "sizes"},
-    {"config", "headers", "conversation", "linear", "cache", "sampler", "gate", "differences"},
-    {"rope", "expert_files", "hub", "golden"},
-    {"mla", "moe", "expert_store"},
-    {"model", "memory"},
-    {"mtp", "folder", "state"},
-    {"load", "speculative", "replay"},
-    {"generate", "bounds"},
-    {"parity", "programs"},
+    {"config"},
+    {"checkpoint"},
+    {"model"},
+    {"experts", "decoding"},
+    {"memory"},
+    {"load"},
+    {"generate", "parity"},
+    {"conversation"},
+    {"programs"},
 ]
-NO_TENSORS = {"errors", "sizes", "config", "headers", "conversation"}
+ALONE = {"reference": {"errors"}}  # shares no code with the others: the second opinion
+NO_TENSORS = {"errors", "sizes", "config", "checkpoint", "conversation"}
 REFERENCE_MAY = {"torch", "safetensors", "tokenizers", "huggingface_hub", "triton"}
 CONVERT_MAY = {"mlx", "numpy", "rich", "huggingface_hub"}
 
@@ -47,38 +50,65 @@ def third_party(path: Path) -> set[str]:
     return {name.split(".")[0] for name in imports(path)} - own - sys.stdlib_module_names
 
 
-MODULES = sorted(path for path in (ROOT / "mlx_dsv3").glob("*.py") if path.stem != "__init__")
+MODULES = sorted(path.relative_to(ROOT) for path in (ROOT / "mlx_dsv3").rglob("*.py"))
+ROOMS = sorted(path.parent.name for path in MODULES if path.stem == "__init__" and path.parts[2:])
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def room_of(path: Path) -> str:
+    """Return the room of a file of mlx_dsv3, or its own name where it has none."""
+    return path.with_suffix("").parts[1]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
 def test_imports_go_one_way(path):
     """A leaf that imports the loader: after that no part can be read, or tested, alone."""
-    row = next((i for i, names in enumerate(ROWS) if path.stem in names), None)
-    assert row is not None, f"give `{path.stem}` a row in {Path(__file__).name}"
-    allowed = set().union(*ROWS[:row])
-    assert own_modules(path) <= allowed
-    if path.stem in NO_TENSORS:
-        assert not third_party(path)
+    room = room_of(path)
+    if room == "__init__":
+        assert not own_modules(ROOT / path)
+        return
+    row = next((i for i, names in enumerate(ROWS) if room in names), None)
+    assert row is not None or room in ALONE, f"give `{room}` a row in {Path(__file__).name}"
+    earlier = ALONE.get(room) or set().union(*ROWS[:row])
+    assert own_modules(ROOT / path) <= earlier | {room}
+    if room in NO_TENSORS:
+        assert not third_party(ROOT / path) - {"huggingface_hub"}
+    if room == "reference":
+        assert third_party(ROOT / path) <= REFERENCE_MAY
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "mlx_dsv3" / "reference").glob("*.py")), ids=lambda path: path.stem
-)
-def test_reference_shares_nothing(path):
-    """A helper shared by both sides hides its own error from every parity test."""
-    assert own_modules(path) <= {"errors", "reference"}
-    assert third_party(path) <= REFERENCE_MAY
+@pytest.mark.parametrize("room", ["convert", *ROOMS])
+def test_no_cycles_inside_a_room(room):
+    """Two files that import each other are one file, read in two places."""
+    folder = ROOT / room if room == "convert" else ROOT / "mlx_dsv3" / room
+    package = ".".join(folder.relative_to(ROOT).parts)
+    graph = {
+        path.stem: {
+            name.removeprefix(f"{package}.").split(".")[0]
+            for name in imports(path)
+            if name.startswith(f"{package}.")
+        }
+        for path in folder.glob("*.py")
+    }
+    list(TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_says_how_to_read_it(room):
+    """A file that its room's docstring does not name is found by nobody."""
+    folder = ROOT / "mlx_dsv3" / room
+    tree = ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))
+    assert [type(node) for node in tree.body] == [ast.Expr], "a docstring and nothing else"
+    words = ast.get_docstring(tree)
+    for path in folder.glob("*.py"):
+        assert path.stem == "__init__" or f"`{path.stem}`" in words, path
 
 
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "convert").glob("*.py")), ids=lambda path: path.stem
 )
 def test_convert_knows_no_model(path):
-    """Converting 671B must not need the model, mlx-lm or torch; `verify` may load the model."""
-    allowed = {"config", "errors", "headers", "hub"}
-    if path.stem == "verify":
-        allowed |= {"load", "expert_store", "model", "mtp"}
-    assert own_modules(path) <= allowed
+    """Converting 671B must not need the model, mlx-lm or torch."""
+    assert own_modules(path) <= {"errors", "sizes", "config", "checkpoint"}
     assert third_party(path) <= CONVERT_MAY
 
 
@@ -88,7 +118,9 @@ def test_chat_holds_no_tensor_code():
     assert "convert" not in {name.split(".")[0] for name in imports(ROOT / "chat.py")}
 
 
-@pytest.mark.parametrize("module", ["mlx_dsv3.config", "mlx_dsv3.headers", "mlx_dsv3.reference"])
+@pytest.mark.parametrize(
+    "module", ["mlx_dsv3.config", "mlx_dsv3.checkpoint.headers", "mlx_dsv3.reference"]
+)
 def test_light_modules_load_no_framework(module):
     """`import mlx_dsv3.config` on a machine without MLX; 3 s of imports before a usage message."""
     names = ("mlx", "mlx_lm", "torch", "transformers")

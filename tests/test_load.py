@@ -14,9 +14,9 @@ from mlx_lm.utils import load_model as load_in_mlx_lm
 from mlx_lm.utils import quantize_model, save_config, save_model
 from parity.pairs import load_reference, random_ids
 
+from mlx_dsv3.checkpoint.headers import read_header, read_headers
 from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.headers import read_header, read_headers
 from mlx_dsv3.load import load, load_checked_tokenizer, load_model
 
 Q4 = {"bits": 4, "group_size": 64, "mode": "affine"}

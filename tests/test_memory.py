@@ -6,8 +6,8 @@ import tiny
 from drafted import Drafted
 from mlx_folder import write_mlx
 
+from mlx_dsv3.checkpoint.folder import open_folder
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.folder import open_folder
 from mlx_dsv3.load import load_model, plan_memory
 from mlx_dsv3.memory import (
     BUFFER_CACHE_BYTES,

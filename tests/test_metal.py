@@ -16,11 +16,11 @@ from demo_model import identical
 from mlx_folder import write_mlx
 
 from convert.__main__ import main as convert
-from mlx_dsv3 import parity
+from mlx_dsv3.decoding.sampler import Sampler
 from mlx_dsv3.generate import stream
 from mlx_dsv3.load import load, load_model, plan_memory
 from mlx_dsv3.memory import USABLE_SHARE, available_bytes
-from mlx_dsv3.sampler import Sampler
+from mlx_dsv3.parity import __main__ as parity
 
 GPU = mx.gpu
 GOLDEN = Path(__file__).parent / "golden"

@@ -8,9 +8,15 @@ import torch
 from compare import BF16_ATTENTION, FORMS, assert_close, same_bits
 from mlx_lm.models.mla import MultiLinear
 
-from mlx_dsv3 import mla
-from mlx_dsv3.cache import LatentCache
-from mlx_dsv3.mla import attend_absorbed, attend_expanded, attend_rows, causal_mask, head_slice
+from mlx_dsv3.model import mla
+from mlx_dsv3.model.cache import LatentCache
+from mlx_dsv3.model.mla import (
+    attend_absorbed,
+    attend_expanded,
+    attend_rows,
+    causal_mask,
+    head_slice,
+)
 
 # B batch  L queries  S cached  H heads  N nope  R rope  V value  C latent
 H, N, R, V, C = 4, 16, 8, 12, 32

@@ -19,7 +19,7 @@ from mlx_lm.models.mla import MultiLinear
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logits_processors
 from mlx_lm.utils import load_tokenizer
 
-from mlx_dsv3.cache import LatentCache
+from mlx_dsv3.model.cache import LatentCache
 
 ROOT = Path(__file__).parents[1]
 # Every name that the package imports from mlx-lm; each has a test below.

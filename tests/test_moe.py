@@ -12,13 +12,13 @@ import torch
 from compare import FORMS, LAYER, assert_close, same_bits
 from parity.faults import select
 
-from mlx_dsv3 import linear, moe
 from mlx_dsv3.config import ModelArgs
-from mlx_dsv3.expert_files import Quantization
-from mlx_dsv3.expert_store import Projection
-from mlx_dsv3.gate import MAX_DRAFTS
-from mlx_dsv3.linear import Joined, Linear
-from mlx_dsv3.moe import MLP, Gate, MoE, compute_experts, route, routed_resident
+from mlx_dsv3.decoding.draft_control import MAX_DRAFTS
+from mlx_dsv3.experts.files import Quantization
+from mlx_dsv3.experts.store import Projection
+from mlx_dsv3.model import linear, moe
+from mlx_dsv3.model.linear import Joined, Linear
+from mlx_dsv3.model.moe import MLP, Gate, MoE, compute_experts, route, routed_resident
 
 # spec 3.5, the worked example
 LOGITS = mx.array([[0.0, -1.5, 1.7, 1.9, -1.7, -2.0, -1.8, 0.9, 1.4, -1.7, -2.0, 0.2]])

@@ -8,8 +8,8 @@ import pytest
 import tiny
 
 from mlx_dsv3.config import ModelArgs
+from mlx_dsv3.model.rope import Rope, rope_frequencies, rotation_factor, softmax_scale
 from mlx_dsv3.reference import model as reference
-from mlx_dsv3.rope import Rope, rope_frequencies, rotation_factor, softmax_scale
 
 # spec 3.2: DeepSeek-V3's radians per position of pairs 0..31
 GOLDEN = """

@@ -8,7 +8,7 @@ import pytest
 from chi_square import agrees, chi_square, distribution
 from mlx_lm.sample_utils import make_logits_processors
 
-from mlx_dsv3.sampler import Sampler, gumbel
+from mlx_dsv3.decoding.sampler import Sampler, gumbel
 
 LOGITS = mx.array([[2.0, 1.0, 0.5, 0.0, -1.0, -2.0]])
 NUM_SEEDS = 20_000

@@ -8,10 +8,10 @@ import pytest
 from drafted import Drafted, make_drafted
 from mlx_lm.sample_utils import make_logits_processors
 
-from mlx_dsv3.gate import MAX_DRAFTS, Gate
-from mlx_dsv3.sampler import Sampler
-from mlx_dsv3.speculative import Decoder
-from mlx_dsv3.state import State
+from mlx_dsv3.decoding.draft_control import MAX_DRAFTS, Gate
+from mlx_dsv3.decoding.sampler import Sampler
+from mlx_dsv3.decoding.state import State
+from mlx_dsv3.decoding.steps import Decoder
 
 PROMPT = [3, 4, 5, 150, 7]
 SAMPLERS = {
@@ -128,7 +128,7 @@ def test_prompts_of_one_and_two_tokens(often, length, drafts):
 
 def test_waiting_states_are_put_into_the_mtp_cache(often, monkeypatch):
     """A long plain reply would otherwise keep a state of D floats for every token."""
-    monkeypatch.setattr("mlx_dsv3.speculative.MAX_WAITING", 5)
+    monkeypatch.setattr("mlx_dsv3.decoding.steps.MAX_WAITING", 5)
     state, most = often.state(), 0
     often.feed(state, PROMPT[:-1])
     tokens = []

@@ -8,9 +8,9 @@ from drafted import Drafted, make_drafted
 from interrupt import Interrupt
 
 import mlx_dsv3
-from mlx_dsv3.cache import LatentCache
+from mlx_dsv3.decoding.state import State, common_prefix_length, load_state
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.state import State, common_prefix_length, load_state
+from mlx_dsv3.model.cache import LatentCache
 
 PROMPT = [3, 4, 5, 150, 7]
 OTHER = [91, 92, 93, 94]

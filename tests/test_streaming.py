@@ -14,12 +14,14 @@ import tiny
 from interrupt import Interrupt
 from mlx_folder import write_mlx
 
-from mlx_dsv3 import expert_files, expert_store, linear, moe
+from mlx_dsv3.checkpoint.headers import read_headers
 from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.expert_store import EMPTY, ExpertStore
-from mlx_dsv3.headers import read_headers
+from mlx_dsv3.experts import files as expert_files
+from mlx_dsv3.experts import store as expert_store
+from mlx_dsv3.experts.store import EMPTY, ExpertStore
 from mlx_dsv3.load import load_model, plan_memory
+from mlx_dsv3.model import linear, moe
 
 CONFIG = tiny.D | {
     "hidden_size": 128,
@@ -141,7 +143,7 @@ def test_padded_waves_give_the_same_bits(folder_of, monkeypatch):
     """On Metal the rows of a wave are padded to keep its kernel; no Linux test reaches that."""
     monkeypatch.setattr(linear, "on_cpu", lambda x: False)
     resident, _ = logits_of(folder_of("q4"), E, 0)
-    from mlx_dsv3.expert_store import Bank
+    from mlx_dsv3.experts.store import Bank
 
     monkeypatch.setattr(Bank, "min_sorted_rows", property(lambda bank: 4 * bank.capacity))
     padded, _ = logits_of(folder_of("q4"), 2 * K, 0)

@@ -12,7 +12,7 @@ def warn_in(module: str) -> list:
     return recorded
 
 
-@pytest.mark.parametrize("module", ["mlx_dsv3", "mlx_dsv3.moe", "convert.run", "chat"])
+@pytest.mark.parametrize("module", ["mlx_dsv3", "mlx_dsv3.model.moe", "convert.run", "chat"])
 def test_a_warning_that_our_code_causes_is_an_error(module):
     """A cast that overflows in our code and passes as a line of the summary."""
     with pytest.raises(FutureWarning, match="seen"):

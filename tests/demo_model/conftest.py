@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_dsv3.conversation import Conversation
+from mlx_dsv3.conversation.messages import Conversation
 from mlx_dsv3.load import load
 
 

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_dsv3.conversation import Conversation
-from mlx_dsv3.gate import MAX_DRAFTS, Gate
+from mlx_dsv3.conversation.messages import Conversation
+from mlx_dsv3.decoding.draft_control import MAX_DRAFTS, Gate
+from mlx_dsv3.decoding.sampler import Sampler
+from mlx_dsv3.decoding.steps import Decoder, DraftStats, decode
 from mlx_dsv3.generate import make_state, prefill
 from mlx_dsv3.load import Loaded, load, plan_memory
-from mlx_dsv3.sampler import Sampler
-from mlx_dsv3.speculative import Decoder, DraftStats, decode
 
 HELD_OUT = Path(__file__).parents[2] / "demo" / "held_out_prompts.json"
 OTHERS = (  # nothing that the demo model knows: text that its MTP module guesses badly

@@ -9,7 +9,8 @@ import pytest
 
 import chat
 from demo_model.test_chat import QUESTION, refused, run
-from mlx_dsv3 import expert_files, memory
+from mlx_dsv3 import memory
+from mlx_dsv3.experts import files as expert_files
 
 STREAMED = ("--expert-memory", "0.002")
 

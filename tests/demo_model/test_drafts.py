@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from drafted import Drafted
 
+from mlx_dsv3.decoding.draft_control import MAX_DRAFTS, Gate
+from mlx_dsv3.decoding.sampler import Sampler
+from mlx_dsv3.decoding.state import fingerprint, load_state
+from mlx_dsv3.decoding.steps import LEAST_TOKENS, DraftStats
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.gate import MAX_DRAFTS, Gate
 from mlx_dsv3.generate import make_gate, make_state, stream
 from mlx_dsv3.load import Loaded
-from mlx_dsv3.sampler import Sampler
-from mlx_dsv3.speculative import LEAST_TOKENS, DraftStats
-from mlx_dsv3.state import fingerprint, load_state
 
 from . import identical
 from .test_chat import QUESTION, ROOT, refused, run

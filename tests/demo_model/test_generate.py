@@ -5,9 +5,9 @@ import dataclasses
 import mlx.core as mx
 import pytest
 
+from mlx_dsv3.decoding.sampler import Sampler
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.generate import make_state, stream
-from mlx_dsv3.sampler import Sampler
 
 QUESTION = "What is the capital of France?"
 

@@ -8,15 +8,15 @@ from types import SimpleNamespace
 import pytest
 from hub_server import REPO, Hub, know_only, serve, shard_requests
 
+from mlx_dsv3.checkpoint.folder import open_model
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.folder import open_model
-from mlx_dsv3.parity import main as parity
+from mlx_dsv3.parity.__main__ import main as parity
 
 from .test_chat import QUESTION, refused, run
 
 PATCHES = {
     "available_bytes": "mlx_dsv3.memory.available_bytes",
-    "disk_usage": "mlx_dsv3.folder.shutil.disk_usage",
+    "disk_usage": "mlx_dsv3.checkpoint.folder.shutil.disk_usage",
     "is_offline": "huggingface_hub.constants.HF_HUB_OFFLINE",
 }
 
@@ -49,7 +49,7 @@ def ask(server: Hub, home: Path, *options: str, **patches) -> subprocess.Complet
     """
     with pytest.MonkeyPatch.context() as monkeypatch:
         know_only(server, home, monkeypatch)
-        monkeypatch.setattr("mlx_dsv3.hub.WAITS_S", (0.05,) * 2)
+        monkeypatch.setattr("mlx_dsv3.checkpoint.hub.WAITS_S", (0.05,) * 2)
         for name, value in patches.items():
             monkeypatch.setattr(PATCHES[name], value)
         return run(REPO, *options)

@@ -13,8 +13,8 @@ import mlx.core as mx
 import tiny
 from mlx_folder import to_mlx
 
-from mlx_dsv3 import mla, moe
-from mlx_dsv3.rope import Rope, rope_frequencies
+from mlx_dsv3.model import mla, moe
+from mlx_dsv3.model.rope import Rope, rope_frequencies
 from parity import pairs
 from parity.pairs import Pair
 

@@ -7,8 +7,8 @@ import tiny
 import torch
 
 from mlx_dsv3.config import ModelArgs
-from mlx_dsv3.model import Model
-from mlx_dsv3.mtp import MTP
+from mlx_dsv3.model.decoder import Model
+from mlx_dsv3.model.mtp import MTP
 from mlx_dsv3.reference import model as reference
 
 CONFIGS = ("A", "B", "C", "D")

@@ -13,9 +13,9 @@ import mlx.core as mx
 import pytest
 import tiny
 
-from mlx_dsv3 import bounds, golden
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.golden import read_golden
+from mlx_dsv3.parity import bounds, golden
+from mlx_dsv3.parity.golden import read_golden
 from mlx_dsv3.reference import record
 
 LONG = Path(__file__).parents[1] / "golden" / "demo-fp8-long.safetensors"

@@ -5,7 +5,7 @@ import pytest
 import tiny
 from compare import LAYER, assert_close
 
-from mlx_dsv3.cache import LatentCache
+from mlx_dsv3.model.cache import LatentCache
 from parity.pairs import BIAS_MEANS, CONFIGS, random_states
 
 

@@ -12,8 +12,8 @@ import tiny
 import torch
 from compare import LOGITS, assert_close, relative_error, to_numpy
 
-from mlx_dsv3 import moe
 from mlx_dsv3.config import ModelArgs
+from mlx_dsv3.model import moe
 from mlx_dsv3.reference import model as reference
 from parity import pairs
 from parity.faults import CONFIGS, FAULTLESS, FAULTS, four_bits, gate_in_bf16, select

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from mlx_dsv3 import bounds, parity
-from mlx_dsv3.differences import Stage, Text, divergence
+from mlx_dsv3.checkpoint.headers import read_header
 from mlx_dsv3.errors import UserError, run_main
-from mlx_dsv3.golden import read_golden
-from mlx_dsv3.headers import read_header
+from mlx_dsv3.parity import __main__ as parity
+from mlx_dsv3.parity import bounds
+from mlx_dsv3.parity.differences import Stage, Text, divergence
+from mlx_dsv3.parity.golden import read_golden
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"

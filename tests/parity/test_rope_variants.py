@@ -12,8 +12,8 @@ import tiny
 from compare import LOGITS, assert_close
 
 from mlx_dsv3.config import ModelArgs
+from mlx_dsv3.model.rope import rope_frequencies, rotation_factor
 from mlx_dsv3.reference import model as reference
-from mlx_dsv3.rope import rope_frequencies, rotation_factor
 from parity.pairs import mlx_drafts, mlx_logits, mlx_pairs, random_ids
 
 BASE = tiny.A | {"num_hidden_layers": 2}

@@ -8,10 +8,10 @@ acceptance and rollback are elsewhere.
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_dsv3.cache import LatentCache
 from mlx_dsv3.config import ModelArgs
-from mlx_dsv3.linear import Linear
-from mlx_dsv3.model import DecoderLayer, Model
+from mlx_dsv3.model.cache import LatentCache
+from mlx_dsv3.model.decoder import DecoderLayer, Model
+from mlx_dsv3.model.linear import Linear
 
 
 class SharedHead(nn.Module):

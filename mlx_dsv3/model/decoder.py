@@ -7,11 +7,11 @@ states after the final norm, which the MTP module reads.
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_dsv3.cache import LatentCache
 from mlx_dsv3.config import ModelArgs
-from mlx_dsv3.linear import Linear
-from mlx_dsv3.mla import ABSORBED_MAX_QUERIES, MLA
-from mlx_dsv3.moe import MLP, MoE
+from mlx_dsv3.model.cache import LatentCache
+from mlx_dsv3.model.linear import Linear
+from mlx_dsv3.model.mla import ABSORBED_MAX_QUERIES, MLA
+from mlx_dsv3.model.moe import MLP, MoE
 
 
 class DecoderLayer(nn.Module):

@@ -13,12 +13,12 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dsv3.config import ModelArgs
-from mlx_dsv3.differences import Stage, Text
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.golden import DIMENSIONS, Golden
-from mlx_dsv3.model import DecoderLayer, Model
-from mlx_dsv3.moe import MoE
-from mlx_dsv3.mtp import MTP
+from mlx_dsv3.model.decoder import DecoderLayer, Model
+from mlx_dsv3.model.moe import MoE
+from mlx_dsv3.model.mtp import MTP
+from mlx_dsv3.parity.differences import Stage, Text
+from mlx_dsv3.parity.golden import DIMENSIONS, Golden
 
 HEAD_ROWS = 128  # positions whose logits are alive at once
 

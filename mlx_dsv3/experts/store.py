@@ -29,9 +29,10 @@ from typing import TextIO
 import mlx.core as mx
 import numpy as np
 
+from mlx_dsv3.checkpoint.headers import TensorInfo
 from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.expert_files import (
+from mlx_dsv3.experts.files import (
     FLOAT_BYTES,
     PARTS,
     LayerExperts,
@@ -40,8 +41,7 @@ from mlx_dsv3.expert_files import (
     convert_floats,
     read_exactly,
 )
-from mlx_dsv3.headers import TensorInfo
-from mlx_dsv3.linear import fewest_rows, multiply
+from mlx_dsv3.model.linear import fewest_rows, multiply
 
 NUM_READERS = 12
 # A reader that wants the GIL waits up to this long for the main thread (Python's default is 5 ms).

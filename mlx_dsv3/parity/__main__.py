@@ -22,13 +22,13 @@ with imports(__name__):
     from rich.console import Console
     from rich.table import Table
 
-    from mlx_dsv3.bounds import RECIPES, TOP1_GAP, Sources, Verdict, recipe_of
+    from mlx_dsv3.checkpoint.folder import open_model
     from mlx_dsv3.config import read_json
-    from mlx_dsv3.differences import Text
-    from mlx_dsv3.folder import open_model
-    from mlx_dsv3.golden import Golden, read_golden
     from mlx_dsv3.load import load_checked_tokenizer, load_model, plan_memory
-    from mlx_dsv3.replay import Replay, check_same_model
+    from mlx_dsv3.parity.bounds import RECIPES, TOP1_GAP, Sources, Verdict, recipe_of
+    from mlx_dsv3.parity.differences import Text
+    from mlx_dsv3.parity.golden import Golden, read_golden
+    from mlx_dsv3.parity.replay import Replay, check_same_model
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
 COMMANDS = ("perplexity", "capacities")

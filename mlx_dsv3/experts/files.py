@@ -14,9 +14,9 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from mlx_dsv3.checkpoint.headers import TensorInfo
 from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.headers import TensorInfo
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PARTS = ("weight", "scales", "biases")

@@ -14,10 +14,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.mla import MultiLinear
 
-from mlx_dsv3.cache import LatentCache
 from mlx_dsv3.config import ModelArgs
-from mlx_dsv3.linear import Joined, Linear
-from mlx_dsv3.rope import Rope, softmax_scale
+from mlx_dsv3.model.cache import LatentCache
+from mlx_dsv3.model.linear import Joined, Linear
+from mlx_dsv3.model.rope import Rope, softmax_scale
 
 ABSORBED_MAX_QUERIES = 170  # V3's break-even by arithmetic; 200-400 expected on a GPU
 SCORE_BYTES = 256 << 20  # scores alive in one block, its three copies together

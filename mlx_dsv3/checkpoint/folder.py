@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
+from mlx_dsv3.checkpoint.headers import INDEX, TensorInfo, join_headers, parse_header, read_header
+from mlx_dsv3.checkpoint.hub import HEADER_REQUESTS, Repo, cached_snapshots, is_repo_id
 from mlx_dsv3.config import ModelArgs, read_config, read_json
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.headers import INDEX, TensorInfo, join_headers, parse_header, read_header
-from mlx_dsv3.hub import HEADER_REQUESTS, Repo, cached_snapshots, is_repo_id
 from mlx_dsv3.sizes import gigabytes
 
 SIDECAR = "mtp.safetensors"

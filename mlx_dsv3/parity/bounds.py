@@ -13,9 +13,9 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mlx_dsv3.differences import Stage, Text
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.replay import Result
+from mlx_dsv3.parity.differences import Stage, Text
+from mlx_dsv3.parity.replay import Result
 
 DEMO_STAGES = 14
 

@@ -19,10 +19,10 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
-from mlx_dsv3.cache import LatentCache
 from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.model import Model
+from mlx_dsv3.model.cache import LatentCache
+from mlx_dsv3.model.decoder import Model
 
 FORMAT = "mlx_dsv3 conversation 1"
 

@@ -25,11 +25,11 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from mlx_dsv3.gate import MAX_DRAFTS, Gate
-from mlx_dsv3.model import Model
-from mlx_dsv3.mtp import MTP
-from mlx_dsv3.sampler import Sampler
-from mlx_dsv3.state import State
+from mlx_dsv3.decoding.draft_control import MAX_DRAFTS, Gate
+from mlx_dsv3.decoding.sampler import Sampler
+from mlx_dsv3.decoding.state import State
+from mlx_dsv3.model.decoder import Model
+from mlx_dsv3.model.mtp import MTP
 
 LEAST_TOKENS = 64  # of a reply that say how fast drafting was
 MAX_WAITING = 256  # states that wait for the MTP cache through plain steps: 7 MB of V3's

@@ -15,8 +15,8 @@ from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
+from mlx_dsv3.checkpoint.headers import header_length
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.headers import header_length
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FIRST_BYTES = 256 << 10  # one request a shard: headers of V3's shards are about 100 KB

@@ -16,7 +16,7 @@ import numpy as np
 from mlx_lm.models.activations import swiglu
 
 from mlx_dsv3.config import ModelArgs
-from mlx_dsv3.linear import Joined, Linear, fewest_rows, goes_to_numpy
+from mlx_dsv3.model.linear import Joined, Linear, fewest_rows, goes_to_numpy
 
 # Splitting a step into hits and misses costs two launches more; not worth it for shorter reads.
 HITS_FIRST_AFTER_S = 0.0005

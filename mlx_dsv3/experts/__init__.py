@@ -1,0 +1,5 @@
+"""Routed experts: from disk into a slot, from a slot to a product.
+
+Read in this order: `files` (which bytes are an expert), `store` (slots, readers, eviction).
+Knows no router, no text and no memory plan.
+"""
