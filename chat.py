@@ -229,7 +229,7 @@ class Chat:
 
     def __init__(self, options: argparse.Namespace):
         folder = find_model(options)
-        from mlx_dsv3.generate import make_gate  # 2 s of imports: a refusal comes before them
+        from mlx_dsv3.generate import make_control  # 2 s of imports: a refusal comes before them
         from mlx_dsv3.load import load
 
         self.options = options
@@ -247,7 +247,7 @@ class Chat:
                 tell_streaming(self.loaded)
         if options.trace is not None:
             self.loaded.store.trace_to(Path(options.trace))
-        self.gate = make_gate(self.loaded, options.drafts)
+        self.control = make_control(self.loaded, options.drafts)
         self.renew_state()
         self.conversation = Conversation(self.loaded.tokenizer, options.system)
         self.last_stats = None
@@ -257,7 +257,7 @@ class Chat:
         """Begin with empty caches, which the next turn fills with what the conversation holds."""
         from mlx_dsv3.generate import make_state
 
-        self.state = make_state(self.loaded, with_drafts=self.gate.fixed != 0)
+        self.state = make_state(self.loaded, with_drafts=self.control.fixed != 0)
 
     def turn(self, text: str) -> None:
         """Answer one message, streaming to stdout.
@@ -276,7 +276,7 @@ class Chat:
                     self.conversation.prompt_ids(),
                     max_tokens=self.options.max_tokens,
                     sampler=self.sampler,
-                    drafts=self.gate,
+                    drafts=self.control,
                     state=self.state,
                 )
                 for piece in pieces:
@@ -327,7 +327,7 @@ class Chat:
             return
         print("\n".join(stats_words(self.last_stats)), file=sys.stderr)
         drafts = self.last_stats.drafts
-        if self.gate.fixed != 0:
+        if self.control.fixed != 0:
             for what, counts in (("made", drafts.steps), ("accepted", drafts.lengths)):
                 words = ", ".join(f"{i}: {n}" for i, n in enumerate(counts) if n) or "none"
                 print(f"steps by drafts {what}: {words}", file=sys.stderr)

@@ -27,7 +27,7 @@ from conditions import print_conditions
 from rich.console import Console
 from rich.table import Table
 
-from convert.layout import HubTensor, main_tensors
+from convert.inventory import HubTensor, main_tensors
 from convert.source import DTYPE_BYTES
 from mlx_dsv3.config import ModelArgs
 

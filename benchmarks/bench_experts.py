@@ -89,7 +89,7 @@ def bench_reads(root: Path, dtype: mx.Dtype = mx.bfloat16, trials: int = 7) -> l
         if not folder.is_dir():
             write_folder(folder, V3_LAYER, layout=layout)
         opened = open_folder(folder)
-        store = ExpertStore(opened.every, opened.args, dtype, {1: SLOTS})
+        store = ExpertStore(opened.all_tensors, opened.args, dtype, {1: SLOTS})
         bank = store.open_layer(1)
         buffers = [bytearray(16 << 20) for _ in range(9 * MISSES)]
         files = Files()  # bare reads bypass the page cache where the store's do
@@ -152,7 +152,7 @@ def bench_overlap(root: Path) -> list[dict]:
     if not folder.is_dir():
         write_folder(folder, V3_LAYER)
     opened = open_folder(folder)
-    store = ExpertStore(opened.every, opened.args, mx.float32, {1: SLOTS})
+    store = ExpertStore(opened.all_tensors, opened.args, mx.float32, {1: SLOTS})
     bank = store.open_layer(1)
     x = mx.random.normal((2, 7168), key=mx.random.key(0))
     read = store._read

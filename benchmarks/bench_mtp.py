@@ -6,7 +6,7 @@ For each model: acceptance by position; A, the mean tokens of a step; R, the tim
 drafts (drafting and verification, alone, again and again from one state) over that of a plain
 step; the ideal speed-up A / R; the realised one, of replies with k drafts over plain replies.
 All modes take turns on every prompt in one process; `realised` is the ratio of their summed
-seconds. `auto` is one gate for all prompts, its search included. No reply ends at an end token.
+seconds. `auto` is one control for all prompts, its search included. No reply ends at an end token.
 Streamed: expert reads for each token. Acceptance: coupled sampling beside rejection sampling,
 which accepts the sum of min(p, q).
 
@@ -33,10 +33,10 @@ from rich.console import Console
 from rich.table import Table
 from subjects import Subject
 
-from mlx_dsv3.decoding.draft_control import MAX_DRAFTS, Gate
+from mlx_dsv3.decoding.draft_control import MAX_DRAFTS, DraftControl
 from mlx_dsv3.decoding.sampler import Sampler
 from mlx_dsv3.decoding.state import State
-from mlx_dsv3.decoding.steps import Decoder, DraftStats, decode
+from mlx_dsv3.decoding.steps import DraftStats, Stepper, decode
 from mlx_dsv3.generate import prefill
 
 MODES = (0, 1, 2, 3, 4, "auto")
@@ -45,33 +45,33 @@ TEMPERATURES = (0.3, 0.6, 1.0)
 COUPLED_SEEDS = 40
 
 
-def start(subject: Subject, ids: list[int], drafts=1, sampler=None) -> Decoder:
+def start(subject: Subject, ids: list[int], drafts=1, sampler=None) -> Stepper:
     """Prefill a prompt; return what decodes on from there."""
     cache = None if drafts == 0 else subject.mtp.make_cache()
     state = State(subject.model.make_cache(), cache)
     prefill(subject, state, ids)
-    return Decoder(subject.model, subject.mtp, state, sampler or Sampler(), subject.mask)
+    return Stepper(subject.model, subject.mtp, state, sampler or Sampler(), subject.mask)
 
 
-def reply(subject: Subject, ids: list[int], tokens: int, gate: Gate) -> tuple:
+def reply(subject: Subject, ids: list[int], tokens: int, control: DraftControl) -> tuple:
     """Decode one reply; return its tokens, seconds, draft statistics, and expert counters."""
-    decoder, stats = start(subject, ids, gate.fixed), DraftStats()
+    stepper, stats = start(subject, ids, control.fixed), DraftStats()
     before, begin = subject.store.counters, time.perf_counter()
-    text = list(decode(decoder, ids[-1], tokens, gate, set(), stats))
+    text = list(decode(stepper, ids[-1], tokens, control, set(), stats))
     return text, time.perf_counter() - begin, stats, subject.store.counters - before
 
 
 def run_modes(subject: Subject, tokens: int, modes=MODES) -> dict:
     """Decode every prompt in every mode, in turn; the order changes from prompt to prompt."""
-    gates = {mode: Gate(fixed=None if mode == "auto" else mode) for mode in modes}
+    controls = {mode: DraftControl(fixed=None if mode == "auto" else mode) for mode in modes}
     runs = {mode: [] for mode in modes}
     for mode in modes:
-        reply(subject, subject.prompts[0], 6, Gate(fixed=gates[mode].fixed))  # warm-up
+        reply(subject, subject.prompts[0], 6, DraftControl(fixed=controls[mode].fixed))  # warm-up
     for i, ids in enumerate(subject.prompts):
         order = modes[i % len(modes) :] + modes[: i % len(modes)]
         texts = {}
         for mode in order:
-            texts[mode], *rest = reply(subject, ids, tokens, gates[mode])
+            texts[mode], *rest = reply(subject, ids, tokens, controls[mode])
             runs[mode].append(rest)
         assert all(text == texts[0] for text in texts.values()), f"prompt {i} differs"
     return runs
@@ -80,17 +80,17 @@ def run_modes(subject: Subject, tokens: int, modes=MODES) -> dict:
 def step_ratios(subject: Subject, rounds: int) -> list[float]:
     """Return R by number of drafts: a step from one state over a plain step, in turn."""
     ids = subject.prompts[0]
-    decoder = start(subject, ids)
-    state, times = decoder.state, {k: [] for k in range(MAX_DRAFTS + 1)}
+    stepper = start(subject, ids)
+    state, times = stepper.state, {k: [] for k in range(MAX_DRAFTS + 1)}
     length, pairs, pending = len(state.ids), state.mtp_pairs, list(state.pending)
     for _ in range(rounds):
         for k in times:
             begin = time.perf_counter()
             if k:
-                decoder.speculate(ids[-1], k)
+                stepper.speculate(ids[-1], k)
                 times[k].append(time.perf_counter() - begin)
             else:  # plain steps overlap: a run of them
-                run = decoder.plain(ids[-1], 5, lambda: True)
+                run = stepper.plain(ids[-1], 5, lambda: True)
                 next(run)
                 begin = time.perf_counter()
                 for _ in range(3):
@@ -166,7 +166,12 @@ def acceptance_rates(subject: Subject, tokens: int, temp: float) -> tuple[float,
         sampler = Sampler(temp=temp, seed=i)
         text = list(
             decode(
-                start(subject, ids, 0, sampler), ids[-1], tokens, Gate(fixed=0), set(), DraftStats()
+                start(subject, ids, 0, sampler),
+                ids[-1],
+                tokens,
+                DraftControl(fixed=0),
+                set(),
+                DraftStats(),
             )
         )
         full = mx.array([ids + text])

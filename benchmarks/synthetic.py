@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.layout import layer_experts, main_tensors, mtp_tensors
+from convert.inventory import layer_experts, main_tensors, mtp_tensors
 from convert.plan import MTP_FILE, Part, build, quantization_config
 from convert.recipe import RECIPES
 from convert.source import Source

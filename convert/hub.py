@@ -4,7 +4,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from convert.metadata import COPIED
+from convert.manifest import COPIED
 from convert.source import (
     INDEX_FILE,
     SINGLE_FILE,

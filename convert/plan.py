@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from convert.identity import Identity
-from convert.layout import (
+from convert.inventory import (
     NEVER_QUANTIZED,
     HubTensor,
     check_tensors,

@@ -20,7 +20,7 @@ import mlx.core as mx
 from convert.destination import JOURNAL, LOCK, RECORD_FILE, Destination
 from convert.identity import changed_shards
 from convert.journal import Done
-from convert.metadata import (
+from convert.manifest import (
     conversion_record,
     device_kind,
     file_record,

@@ -7,8 +7,8 @@ conversion, byte for byte; config.json gains its entries, and nothing else in th
 from pathlib import Path
 
 from convert.destination import JOURNAL, PARTIAL, RECORD_FILE
-from convert.layout import holds_mtp, mtp_prefix
-from convert.metadata import write_json
+from convert.inventory import holds_mtp, mtp_prefix
+from convert.manifest import write_json
 from convert.plan import MTP_FILE, Plan, build, quantization_config
 from convert.recipe import RECIPES
 from convert.source import Source

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from convert import recipe as recipes
 from convert.destination import PARTIAL, RECORD_FILE
-from convert.metadata import device_kind, file_record, json_text, record_digest
+from convert.manifest import device_kind, file_record, json_text, record_digest
 from convert.outputs import Target, Unit
 from convert.plan import MTP_FILE, Plan, build
 from convert.source import (

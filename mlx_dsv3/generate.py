@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from mlx_dsv3.decoding.draft_control import MAX_DRAFTS, Gate
+from mlx_dsv3.decoding.draft_control import MAX_DRAFTS, DraftControl
 from mlx_dsv3.decoding.sampler import Sampler
 from mlx_dsv3.decoding.state import State, common_prefix_length
-from mlx_dsv3.decoding.steps import Decoder, DraftStats, catch_up, decode
+from mlx_dsv3.decoding.steps import DraftStats, Stepper, catch_up, decode
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.experts.store import Counters
 from mlx_dsv3.load import Loaded
@@ -64,10 +64,10 @@ def make_state(loaded: Loaded, with_drafts: bool = True) -> State:
     return State(loaded.model.make_cache(), loaded.mtp.make_cache() if has_mtp else None)
 
 
-def make_gate(loaded: Loaded, drafts: str | int) -> Gate:
-    """Return the gate for `--drafts`: `auto` or a fixed number of drafts, 0 to 4."""
+def make_control(loaded: Loaded, drafts: str | int) -> DraftControl:
+    """Return the control for `--drafts`: `auto` or a fixed number of drafts, 0 to 4."""
     if drafts == "auto":
-        return Gate(fixed=None if loaded.mtp is not None else 0)
+        return DraftControl(fixed=None if loaded.mtp is not None else 0)
     if not str(drafts).isdecimal() or int(drafts) > MAX_DRAFTS:
         raise UserError(f"`--drafts` is `{drafts}`", f"choose auto or 0 to {MAX_DRAFTS}")
     if int(drafts) and loaded.mtp is None:
@@ -75,17 +75,17 @@ def make_gate(loaded: Loaded, drafts: str | int) -> Gate:
             f"`--drafts {drafts}` needs the MTP module and the folder has no `mtp.safetensors`",
             "`python -m convert mtp SOURCE FOLDER` adds it from the original checkpoint",
         )
-    return Gate(fixed=int(drafts))
+    return DraftControl(fixed=int(drafts))
 
 
-def check_state(loaded: Loaded, state: State, gate: Gate) -> None:
+def check_state(loaded: Loaded, state: State, control: DraftControl) -> None:
     """Drop the MTP cache of a state for a model without the module; refuse drafts without one."""
     if loaded.mtp is None:
-        make_gate(loaded, gate.fixed or 0)
+        make_control(loaded, control.fixed or 0)
         state.drop_mtp()
-    elif gate.fixed and state.mtp_cache is None:
+    elif control.fixed and state.mtp_cache is None:
         raise UserError(
-            f"`drafts={gate.fixed}` needs an MTP cache and this state was made without one",
+            f"`drafts={control.fixed}` needs an MTP cache and this state was made without one",
             "`make_state(loaded)` makes one with it; `drafts=0` goes on without",
         )
 
@@ -140,13 +140,13 @@ def stream(
     *,
     max_tokens: int | None = None,
     sampler: Sampler | None = None,
-    drafts: str | int | Gate = "auto",
+    drafts: str | int | DraftControl = "auto",
     state: State | None = None,
 ) -> Iterator[Piece]:
     """Yield the reply to the prompt `ids`, token by token.
 
-    `drafts` is `auto`, a number of drafts for every step, or a `Gate` that outlives the reply.
-    `state` carries the caches from reply to reply; ids it already holds are not computed again.
+    `drafts` is `auto`, a number of drafts for every step, or a `DraftControl` that outlives the
+    reply. `state` carries the caches from reply to reply: what it holds is not computed again.
     Ends with finish_reason `stop` at an end token (whose text is empty) or `length` at
     `max_tokens` or the end of the context. Raises `UserError` for ids that cannot be run, and for
     a fixed number of drafts with a state that was made without them.
@@ -154,9 +154,9 @@ def stream(
     check_ids(loaded, ids)
     if max_tokens is not None and max_tokens < 1:
         raise UserError(f"`max_tokens` is `{max_tokens}`", "it takes a whole number from 1")
-    gate = drafts if isinstance(drafts, Gate) else make_gate(loaded, drafts)
-    state = state or make_state(loaded, gate.fixed != 0)
-    check_state(loaded, state, gate)
+    control = drafts if isinstance(drafts, DraftControl) else make_control(loaded, drafts)
+    state = state or make_state(loaded, control.fixed != 0)
+    check_state(loaded, state, control)
     room = context_limit(loaded) - len(ids)
     limit = room if max_tokens is None else min(max_tokens, room)
     stats = Stats(prompt_tokens=len(ids))
@@ -166,10 +166,10 @@ def stream(
     try:
         stats.reused_tokens = prefill(loaded, state, ids)
         mask = loaded.vocabulary_mask
-        decoder = Decoder(loaded.model, loaded.mtp, state, sampler or Sampler(), mask)
+        stepper = Stepper(loaded.model, loaded.mtp, state, sampler or Sampler(), mask)
         begun = time.perf_counter()
         stats.prompt_s = begun - start
-        for token in decode(decoder, ids[-1], limit, gate, ends, stats.drafts):
+        for token in decode(stepper, ids[-1], limit, control, ends, stats.drafts):
             stats.reply_tokens += 1
             stats.reply_s = time.perf_counter() - begun
             stats.peak_bytes = mx.get_peak_memory()

@@ -153,7 +153,7 @@ def plan_memory(
 ) -> MemoryPlan:
     """Return the memory plan of an MLX folder, from headers alone; see `memory.make_plan`."""
     folder = open_model(folder, with_mtp)
-    return make_plan(folder.every, folder.args, dtype or default_dtype(), **options)
+    return make_plan(folder.all_tensors, folder.args, dtype or default_dtype(), **options)
 
 
 def fill_model(folder: Folder, store: ExpertStore, dtype: mx.Dtype) -> tuple[Model, MTP | None]:
@@ -185,9 +185,9 @@ def load_model(
         raise UserError(f"dtype `{dtype}` overflows in this model; use float32 or bfloat16")
     folder = open_model(folder)
     args = folder.args
-    plan = plan or make_plan(folder.every, args, dtype, **options)
+    plan = plan or make_plan(folder.all_tensors, args, dtype, **options)
     folder = fetch(folder)
-    store = ExpertStore(folder.every, args, dtype, plan.slots)
+    store = ExpertStore(folder.all_tensors, args, dtype, plan.slots)
     try:
         model, mtp = fill_model(folder, store, dtype)
     except BaseException:
@@ -282,7 +282,7 @@ def load(
     """
     opened, dtype = open_model(folder, with_mtp), dtype or default_dtype()
     plan = make_plan(
-        opened.every,
+        opened.all_tensors,
         opened.args,
         dtype,
         experts=experts,

@@ -16,10 +16,10 @@ import tiny
 import torch
 from mlx_folder import write_mlx
 
-from mlx_dsv3.decoding.draft_control import Gate
+from mlx_dsv3.decoding.draft_control import DraftControl
 from mlx_dsv3.decoding.sampler import Sampler
 from mlx_dsv3.decoding.state import State
-from mlx_dsv3.decoding.steps import Decoder, DraftStats, catch_up, decode
+from mlx_dsv3.decoding.steps import DraftStats, Stepper, catch_up, decode
 from mlx_dsv3.load import load_model
 from mlx_dsv3.model.decoder import Model
 from mlx_dsv3.model.mtp import MTP
@@ -51,8 +51,8 @@ class Drafted:
     def state(self) -> State:
         return State(self.model.make_cache(), self.mtp.make_cache())
 
-    def decoder(self, state: State, sampler: Sampler | None = None) -> Decoder:
-        return Decoder(self.model, self.mtp, state, sampler or Sampler())
+    def stepper(self, state: State, sampler: Sampler | None = None) -> Stepper:
+        return Stepper(self.model, self.mtp, state, sampler or Sampler())
 
     def feed(self, state: State, ids: list[int]) -> None:
         """Feed ids as a prompt, without sharing anything."""
@@ -62,20 +62,22 @@ class Drafted:
         catch_up(self.mtp, state)
 
     def run(
-        self, state: State, last: int, count: int, drafts: int | Gate, sampler=None, ends=()
+        self, state: State, last: int, count: int, drafts: int | DraftControl, sampler=None, ends=()
     ) -> Iterator[int]:
-        """Yield tokens after `last`, with a fixed number of drafts or a gate."""
-        gate = drafts if isinstance(drafts, Gate) else Gate(fixed=drafts)
+        """Yield tokens after `last`, with a fixed number of drafts or a control."""
+        control = drafts if isinstance(drafts, DraftControl) else DraftControl(fixed=drafts)
         self.stats = DraftStats()
-        return decode(self.decoder(state, sampler), last, count, gate, set(ends), self.stats)
+        return decode(self.stepper(state, sampler), last, count, control, set(ends), self.stats)
 
-    def tokens(self, prompt: list[int], count: int, drafts: int | Gate, sampler=None) -> list[int]:
+    def tokens(
+        self, prompt: list[int], count: int, drafts: int | DraftControl, sampler=None
+    ) -> list[int]:
         """Return the tokens after a prompt, computed from an empty state."""
         state = self.state()
         self.feed(state, prompt[:-1])
         return list(self.run(state, prompt[-1], count, drafts, sampler))
 
-    def growth(self, drafts: int | Gate, tokens: int) -> tuple[float, float]:
+    def growth(self, drafts: int | DraftControl, tokens: int) -> tuple[float, float]:
         """Return what a decoded token adds to MLX's memory beside the caches, and to all memory.
 
         In bytes; the first quarter of the tokens warms up and does not count, nor do buffers that
@@ -116,7 +118,7 @@ def resident_bytes() -> int:
 def assert_rows(name: str, cache, expected, length: int, bound: float) -> None:
     """Check the rows of a latent cache."""
     assert cache.length == expected.length == length, name
-    actual, expected = (np.array(c.rows[0]) for c in (cache, expected))
+    actual, expected = (np.array(c.latents[0]) for c in (cache, expected))
     worst = np.abs(actual - expected).max(axis=-1)
     assert worst.max() < bound, f"{name}: row {worst.argmax()} of {length} is off by {worst.max()}"
 

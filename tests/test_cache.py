@@ -13,7 +13,7 @@ def numbered(start: int, length: int, width: int = 48) -> mx.array:
 
 
 def contents(cache: LatentCache) -> list[float]:
-    return cache.rows[0, :, 0].tolist()
+    return cache.latents[0, :, 0].tolist()
 
 
 @pytest.mark.parametrize("first", [1, GROWTH - 1, GROWTH, GROWTH + 1])

@@ -13,7 +13,7 @@ import pytest
 import chat
 from mlx_dsv3.decoding.sampler import Sampler
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.generate import make_gate
+from mlx_dsv3.generate import make_control
 
 ROOT = Path(__file__).parents[1]
 BAD = {
@@ -160,5 +160,5 @@ def test_drafts_without_the_module_say_what_the_gate_says():
     with pytest.raises(UserError) as early:
         check("--drafts", "2", has_mtp=False)
     with pytest.raises(UserError) as late:
-        make_gate(SimpleNamespace(mtp=None), "2")
+        make_control(SimpleNamespace(mtp=None), "2")
     assert str(early.value) == str(late.value)

@@ -15,7 +15,7 @@ from hub_server import COMMIT, REPO, know_only, serve
 
 from convert.__main__ import main
 from convert.identity import Identity
-from convert.metadata import record_digest, write_json
+from convert.manifest import record_digest, write_json
 from convert.run import _Run
 from convert.source import open_folder, parse_header, read_header
 from mlx_dsv3.errors import run_main

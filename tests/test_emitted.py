@@ -14,10 +14,10 @@ from chi_square import agrees, distribution
 from test_sampler import SETTINGS
 
 from mlx_dsv3.config import ModelArgs
-from mlx_dsv3.decoding.draft_control import Gate
+from mlx_dsv3.decoding.draft_control import DraftControl
 from mlx_dsv3.decoding.sampler import Sampler, repetition_penalties
 from mlx_dsv3.decoding.state import State
-from mlx_dsv3.decoding.steps import Decoder, DraftStats, decode
+from mlx_dsv3.decoding.steps import DraftStats, Stepper, decode
 from mlx_dsv3.model.cache import LatentCache
 from mlx_dsv3.model.decoder import Model
 
@@ -64,8 +64,10 @@ def joint_counts(models, options: dict, drafts: int, seeds: int) -> tuple[np.nda
     for seed in range(seeds):
         state = State([], LatentCache())
         state.commit([FIRST], g)
-        decoder = Decoder(model, table, state, Sampler(seed=seed, **options))
-        first, second, *_ = decode(decoder, LAST, drafts + 1, Gate(fixed=drafts), set(), stats)
+        stepper = Stepper(model, table, state, Sampler(seed=seed, **options))
+        first, second, *_ = decode(
+            stepper, LAST, drafts + 1, DraftControl(fixed=drafts), set(), stats
+        )
         counts[first, second] += 1
     return counts, stats.acceptance
 
@@ -138,12 +140,12 @@ def draw_again(self, last: int, count: int) -> tuple[list[int], int]:
     return tokens, accepted
 
 
-right_speculate = Decoder.speculate
+right_speculate = Stepper.speculate
 
 
 @pytest.mark.parametrize("rule", [accept_all, draw_again])
 def test_a_wrong_rule_is_rejected(models, monkeypatch, rule):
-    monkeypatch.setattr(Decoder, "speculate", rule)
+    monkeypatch.setattr(Stepper, "speculate", rule)
     options = SETTINGS["temperature"]
     counts, _ = joint_counts(models, options, 1, 2 * FEW)
     expected = joint_distribution(models, options)

@@ -13,7 +13,7 @@ from mlx_dsv3.model.cache import LatentCache
 from mlx_dsv3.model.mla import (
     attend_absorbed,
     attend_expanded,
-    attend_rows,
+    attend_latents,
     causal_mask,
     head_slice,
 )
@@ -115,11 +115,11 @@ def test_cache_holds_normed_latent_and_rotated_key_only(random_pair):
     x = mx.random.normal((1, 5, 64), key=mx.random.key(0))
     layer(x[:, :3], cache)
     layer(x[:, 3:], cache)
-    assert cache.rows.shape == (1, 5, args.kv_lora_rank + args.qk_rope_head_dim)
+    assert cache.latents.shape == (1, 5, args.kv_lora_rank + args.qk_rope_head_dim)
     expected = {}
     pair.reference.model.layers[1].self_attn(torch.from_numpy(np.array(x)), expected)
     joined = np.concatenate([expected["latent"].numpy(), expected["k_pe"].numpy()], axis=-1)
-    assert_close("cache rows", cache.rows, joined, FORMS)
+    assert_close("cache rows", cache.latents, joined, FORMS)
 
 
 def test_trimmed_rows_leave_no_trace(random_pair):
@@ -135,7 +135,7 @@ def test_trimmed_rows_leave_no_trace(random_pair):
     expected = [layer(x[:, 8:10], plain), layer(x[:, 10:], plain)]
     actual = [layer(x[:, 8:10], rewound), layer(x[:, 10:], rewound)]
     assert same_bits(mx.concatenate(actual, 1), mx.concatenate(expected, 1))
-    assert same_bits(plain.rows, rewound.rows)
+    assert same_bits(plain.latents, rewound.latents)
 
 
 @pytest.mark.parametrize("form", [attend_absorbed, attend_expanded])
@@ -219,6 +219,6 @@ def test_single_query_needs_no_mask():
     """One query sees every row; a mask of S - L + 1 keys would hide the last."""
     q_nope, q_pe, rows, embed_q, unembed_out = random_inputs(1, 1, 9)
     q = mx.concatenate([embed_q(q_nope), q_pe], axis=-1) * SCALE
-    out = unembed_out(attend_rows(q, rows, R))
+    out = unembed_out(attend_latents(q, rows, R))
     expected = attend_literally(q_nope, q_pe, rows, embed_q, unembed_out, SCALE)
     assert_close("one query", out, expected, FORMS)

@@ -62,7 +62,7 @@ def test_trimmed_drafts_leave_no_trace(pair):
     actual, _ = pair.mtp(g[:, 9:12], next_ids[:, 9:12], drafted)
     expected, _ = pair.mtp(g[:, 9:12], next_ids[:, 9:12], plain)
     assert same_bits(actual, expected)
-    assert same_bits(drafted.rows, plain.rows)
+    assert same_bits(drafted.latents, plain.latents)
 
 
 def test_extend_fills_the_cache_as_a_call_does(pair):
@@ -73,7 +73,7 @@ def test_extend_fills_the_cache_as_a_call_does(pair):
         pair.mtp.extend(g[:, start:end], next_ids[:, start:end], extended)
         pair.mtp(g[:, start:end], next_ids[:, start:end], called)
     assert extended.length == called.length == 11
-    assert same_bits(extended.rows, called.rows)
+    assert same_bits(extended.latents, called.latents)
     actual, _ = pair.mtp(g[:, 11:12], next_ids[:, 11:12], extended)
     expected, _ = pair.mtp(g[:, 11:12], next_ids[:, 11:12], called)
     assert same_bits(actual, expected)

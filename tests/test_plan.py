@@ -12,7 +12,7 @@ import pytest
 from mlx_lm.models.deepseek_v3 import ModelArgs as DeepseekV3Args
 
 from convert.__main__ import main
-from convert.metadata import output_config
+from convert.manifest import output_config
 from convert.plan import build
 from convert.recipe import RECIPES
 from convert.source import open_folder

@@ -34,7 +34,7 @@ def started(model: Drafted, drafts: int = 2, count: int = 8) -> State:
 def copied(state: State) -> State:
     def copy(cache: LatentCache) -> LatentCache:
         other = LatentCache()
-        other.append(mx.array(cache.rows))
+        other.append(mx.array(cache.latents))
         return other
 
     layers = [copy(cache) for cache in state.cache]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from convert.__main__ import main
-from convert.metadata import device_kind, file_record, record_digest, write_json
+from convert.manifest import device_kind, file_record, record_digest, write_json
 from convert.source import parse_header, read_header
 from mlx_dsv3.errors import run_main
 from tests.tiny import D, write_hub, write_tokenizer

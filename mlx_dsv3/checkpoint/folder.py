@@ -45,7 +45,7 @@ class Folder:
     repo: Repo | None = None
 
     @property
-    def every(self) -> dict[str, TensorInfo]:
+    def all_tensors(self) -> dict[str, TensorInfo]:
         return self.tensors | self.sidecar
 
 
@@ -190,7 +190,7 @@ def fetch(folder: Folder) -> Folder:
     if folder.repo is None:
         return folder
     repo = folder.repo
-    names = {info.path.name for info in folder.every.values()}
+    names = {info.path.name for info in folder.all_tensors.values()}
     missing = sorted(names - files_in(folder.path), key=lambda name: (name != SIDECAR, name))
     blobs = folder.path.parents[1] / "blobs"  # what is there lacks only its link
     lacking = [name for name in missing if not (blobs / repo.sha256.get(name, "none")).exists()]

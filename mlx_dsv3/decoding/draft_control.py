@@ -1,8 +1,8 @@
 """How many drafts a step should make: decided by measured time, never by hope.
 
-Verifying drafts costs reads and arithmetic, more so at long contexts and with experts on disk. The
-gate measures the seconds of plain steps and of steps with 1, 2, ... drafts, by context length, and
-how often the draft at each position is accepted; it uses the number whose seconds per token are
+Verifying drafts costs reads and arithmetic, more so at long contexts and with experts on disk. So
+the seconds of plain steps and of steps with 1, 2, ... drafts are measured, by context length, and
+how often the draft at each position is accepted; the number is used whose seconds per token are
 least. A number that was not tried yet is forecast: one draft more costs what the last one cost
 more, and is accepted as often as the one before it.
 
@@ -40,10 +40,10 @@ LEAST_COST = 0.05  # of a draft, in plain steps
 WIN = 0.98  # drafts must be 2 % cheaper than none, and another number than the current one
 
 
-class Gate:
+class DraftControl:
     """`choose` a number of drafts, then `record` what the step took.
 
-    `fixed` switches the choice off. One gate may live as long as the model: what it has learnt
+    `fixed` switches the choice off. One control may live as long as the model: what it has learnt
     holds for the next reply.
     """
 
@@ -169,7 +169,7 @@ class Gate:
                 self.accepted[position] /= tried
                 self.tried[position] = 1.0
 
-    def record(self, context: int, drafts: int, seconds: float, accepted: int = 0) -> None:
+    def observe(self, context: int, drafts: int, seconds: float, accepted: int = 0) -> None:
         """Record what a step took and how many of its drafts were accepted.
 
         The time of the first step with so many drafts holds the compilation of its kernels: it

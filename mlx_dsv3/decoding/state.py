@@ -106,7 +106,7 @@ class State:
         """
         path = Path(path)
         layers = [*self.cache, *([] if self.mtp_cache is None else [self.mtp_cache])]
-        arrays = {f"layers.{i}": c.rows for i, c in enumerate(layers) if c.length}
+        arrays = {f"layers.{i}": c.latents for i, c in enumerate(layers) if c.length}
         if self.pending:
             arrays["waiting"] = self.waiting()
         metadata = {

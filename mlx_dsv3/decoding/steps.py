@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from mlx_dsv3.decoding.draft_control import MAX_DRAFTS, Gate
+from mlx_dsv3.decoding.draft_control import MAX_DRAFTS, DraftControl
 from mlx_dsv3.decoding.sampler import Sampler
 from mlx_dsv3.decoding.state import State
 from mlx_dsv3.model.decoder import Model
@@ -37,12 +37,12 @@ MAX_WAITING = 256  # states that wait for the MTP cache through plain steps: 7 M
 
 @dataclass
 class DraftStats:
-    """What the gate chose and what came of it, in one reply.
+    """What the control chose and what came of it, in one reply.
 
     `steps` counts main forwards by the number of drafts made; `lengths` those with drafts by the
     number accepted; `unseen` counts the tokens that steps chose beyond the end of the reply. The
     `warm` ones leave out the first step of each kind, which compiles kernels. `plain_step_s` is the
-    gate's own measurement, None until it has one.
+    control's own measurement, None until it has one.
     """
 
     steps: list[int] = field(default_factory=lambda: [0] * (MAX_DRAFTS + 1))
@@ -55,7 +55,7 @@ class DraftStats:
     warm_s: float = 0.0
     plain_step_s: float | None = None
 
-    def record(self, drafts: int, accepted: int, seconds: float, is_warm: bool) -> None:
+    def observe(self, drafts: int, accepted: int, seconds: float, is_warm: bool) -> None:
         self.steps[drafts] += 1
         self.lengths[accepted] += drafts > 0
         self.seconds += seconds
@@ -112,7 +112,7 @@ def catch_up(mtp: MTP, state: State) -> None:
         state.keep_last_waiting()
 
 
-class Decoder:
+class Stepper:
     """Everything that a step needs: model, MTP module, sampler, state, and what masks ids."""
 
     def __init__(
@@ -209,29 +209,34 @@ class Decoder:
 
 
 def decode(
-    decoder: Decoder, last: int, limit: int, gate: Gate, ends: set[int], stats: DraftStats
+    stepper: Stepper,
+    last: int,
+    limit: int,
+    control: DraftControl,
+    ends: set[int],
+    stats: DraftStats,
 ) -> Iterator[int]:
-    """Yield up to `limit` tokens after `last`, with as many drafts a step as the gate says.
+    """Yield up to `limit` tokens after `last`, with as many drafts a step as the control says.
 
     Stops after an id of `ends`, also inside accepted drafts. Wherever it is left, what was not
     yielded is not in the state.
     """
-    state = decoder.state
+    state = stepper.state
 
     def wanted() -> int:
-        return gate.choose(len(state.ids)) if decoder.can_draft else 0
+        return control.choose(len(state.ids)) if stepper.can_draft else 0
 
     def record(drafts: int, accepted: int) -> None:
         seconds = time.perf_counter() - start
-        stats.record(drafts, accepted, seconds, gate.is_warm(drafts))
-        gate.record(len(state.ids), drafts, seconds, accepted)
-        stats.plain_step_s = gate.step_s(len(state.ids), 0)
+        stats.observe(drafts, accepted, seconds, control.is_warm(drafts))
+        control.observe(len(state.ids), drafts, seconds, accepted)
+        stats.plain_step_s = control.step_s(len(state.ids), 0)
 
     while limit > 0:
         drafts = min(wanted(), limit - 1)
         start = time.perf_counter()
         if not (drafts and state.pending):  # nothing waits only where nothing was fed yet
-            for token in decoder.plain(last, limit, lambda: not wanted()):
+            for token in stepper.plain(last, limit, lambda: not wanted()):
                 record(0, 0)
                 limit, last = limit - 1, token
                 yield token
@@ -240,7 +245,7 @@ def decode(
                 start = time.perf_counter()
             continue
         fed = len(state.ids) + 1
-        tokens, accepted = decoder.speculate(last, drafts)
+        tokens, accepted = stepper.speculate(last, drafts)
         record(drafts, accepted)
         shown = 0
         try:

@@ -20,7 +20,7 @@ from mlx_dsv3.errors import UserError
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PARTS = ("weight", "scales", "biases")
-# Adjacent pieces join up to this size: V3's record (24.8 MB at 4 bits) becomes its three
+# Adjacent spans join up to this size: V3's record (24.8 MB at 4 bits) becomes its three
 # projections, a small model's record one request. Disks want 12-16 requests of 4-8 MB in flight.
 REQUEST_BYTES = 9 << 20
 EXPERT_KEY = re.compile(
@@ -40,7 +40,7 @@ class Quantization:
     mode: str
 
 
-class Piece(NamedTuple):
+class Span(NamedTuple):
     """Adjacent bytes of one tensor and their place: `begin` counts in bytes of the file's dtype."""
 
     target: str  # "gate_up.weight" and so on
@@ -50,12 +50,12 @@ class Piece(NamedTuple):
 
 
 class Request(NamedTuple):
-    """One read: pieces that follow each other in a file."""
+    """One read: spans that follow each other in a file."""
 
     path: Path
     offset: int
     nbytes: int
-    pieces: tuple[Piece, ...]
+    spans: tuple[Span, ...]
 
 
 def infer_quantization(in_dims: int, packed: int, groups: int, scale_dtype: str) -> Quantization:
@@ -137,24 +137,24 @@ class LayerExperts:
         return infer_quantization(in_dims, weight.shape[-1], scales.shape[-1], scales.dtype)
 
     def requests(self, expert: int) -> tuple[Request, ...]:
-        """Return the reads of one expert, in file order, adjacent pieces joined."""
+        """Return the reads of one expert, in file order, adjacent spans joined."""
         found = []
         for projection in PROJECTIONS:
             target = "down" if projection == "down_proj" else "gate_up"
             for part, like in self.parts(projection).items():
                 info = self.required(expert, projection, part, like)
                 begin = info.nbytes if projection == "up_proj" else 0  # up's rows follow gate's
-                piece = Piece(f"{target}.{part}", begin, info.nbytes, info.dtype)
-                found.append((str(info.path), info.offset, info.path, piece))
+                span = Span(f"{target}.{part}", begin, info.nbytes, info.dtype)
+                found.append((str(info.path), info.offset, info.path, span))
         joined: list[Request] = []
-        for _, offset, path, piece in sorted(found, key=lambda entry: entry[:2]):
+        for _, offset, path, span in sorted(found, key=lambda entry: entry[:2]):
             last = joined[-1] if joined else None
             if last and (last.path, last.offset + last.nbytes) == (path, offset):
-                if last.nbytes + piece.nbytes <= REQUEST_BYTES:
-                    nbytes, pieces = last.nbytes + piece.nbytes, (*last.pieces, piece)
-                    joined[-1] = Request(path, last.offset, nbytes, pieces)
+                if last.nbytes + span.nbytes <= REQUEST_BYTES:
+                    nbytes, spans = last.nbytes + span.nbytes, (*last.spans, span)
+                    joined[-1] = Request(path, last.offset, nbytes, spans)
                     continue
-            joined.append(Request(path, offset, piece.nbytes, (piece,)))
+            joined.append(Request(path, offset, span.nbytes, (span,)))
         return tuple(joined)
 
 

@@ -528,15 +528,15 @@ class ExpertStore:
 
     def _read(self, bank: Bank, request: Request, slot: int) -> None:
         buffers, floats = [], []
-        for piece in request.pieces:
-            row, dtype = bank.row(slot, piece.target)
-            if FLOAT_DTYPES.get(piece.dtype, dtype) == dtype:
-                buffers.append(row[piece.begin : piece.begin + piece.nbytes])
+        for span in request.spans:
+            row, dtype = bank.row(slot, span.target)
+            if FLOAT_DTYPES.get(span.dtype, dtype) == dtype:
+                buffers.append(row[span.begin : span.begin + span.nbytes])
                 continue
-            scratch, ratio = bytearray(piece.nbytes), dtype.size / FLOAT_BYTES[piece.dtype]
-            begin, nbytes = int(piece.begin * ratio), int(piece.nbytes * ratio)
+            scratch, ratio = bytearray(span.nbytes), dtype.size / FLOAT_BYTES[span.dtype]
+            begin, nbytes = int(span.begin * ratio), int(span.nbytes * ratio)
             buffers.append(scratch)
-            floats.append((scratch, piece.dtype, dtype, row[begin : begin + nbytes]))
+            floats.append((scratch, span.dtype, dtype, row[begin : begin + nbytes]))
         read_exactly(self._files.open(request.path), buffers, request.offset, request.path)
         for scratch, source, target, view in floats:
             view[:] = convert_floats(scratch, source, target)

@@ -19,7 +19,7 @@ class LatentCache:
         self._buffer: mx.array | None = None  # (B, capacity, C + R); `length` rows are in use
 
     @property
-    def rows(self) -> mx.array:
+    def latents(self) -> mx.array:
         """Return the rows in use, (B, length, C + R); there must be some."""
         return self._buffer[:, : self.length]
 
@@ -33,19 +33,19 @@ class LatentCache:
         """Return the arrays to evaluate; mlx-lm's generators ask for them by this name."""
         return [] if self._buffer is None else [self._buffer]
 
-    def append(self, rows: mx.array) -> mx.array:
+    def append(self, latents: mx.array) -> mx.array:
         """Append rows (B, L, C + R) and return all of them, (B, length, C + R), unevaluated."""
-        end = self.length + rows.shape[1]
+        end = self.length + latents.shape[1]
         if self._buffer is None or end > self._buffer.shape[1]:
-            self._grow(-(-end // GROWTH) * GROWTH, rows)
-        self._buffer[:, self.length : end] = rows
+            self._grow(-(-end // GROWTH) * GROWTH, latents)
+        self._buffer[:, self.length : end] = latents
         self.length = end
-        return self.rows
+        return self.latents
 
     def _grow(self, capacity: int, like: mx.array) -> None:
         B, _, width = like.shape
         more = mx.zeros((B, capacity - self.length, width), like.dtype)
-        self._buffer = mx.concatenate([self.rows, more], axis=1) if self.length else more
+        self._buffer = mx.concatenate([self.latents, more], axis=1) if self.length else more
 
     def trim(self, count: int) -> None:
         """Forget the last `count` rows."""

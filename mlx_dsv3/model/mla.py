@@ -30,34 +30,34 @@ def causal_mask(L: int, S: int) -> mx.array:
     return mx.arange(S) <= mx.arange(S - L, S)[:, None]
 
 
-def attend_absorbed(q_nope, q_pe, rows, embed_q, unembed_out, scale):
-    """Attend over the latent rows without expanding keys or values.
+def attend_absorbed(q_nope, q_pe, latents, embed_q, unembed_out, scale):
+    """Attend over the latent cache without expanding keys or values.
 
-    q_nope (B, H, L, N), q_pe (B, H, L, R), rows (B, S, C + R) -> (B, H, L, V). Queries are taken
+    q_nope (B, H, L, N), q_pe (B, H, L, R), latents (B, S, C + R) -> (B, H, L, V). Queries are taken
     in blocks whose scores fit SCORE_BYTES.
     """
-    H, L, S = q_nope.shape[1], q_nope.shape[2], rows.shape[1]
+    H, L, S = q_nope.shape[1], q_nope.shape[2], latents.shape[1]
     q = mx.concatenate([embed_q(q_nope), q_pe], axis=-1) * scale  # (B, H, L, C + R)
     block = max(1, SCORE_BYTES // (12 * H * S))
     outs = []
     for start in range(0, L, block):
         end = min(start + block, L)
         seen = S - L + end
-        outs.append(attend_rows(q[:, :, start:end], rows[:, :seen], q_pe.shape[-1]))
+        outs.append(attend_latents(q[:, :, start:end], latents[:, :seen], q_pe.shape[-1]))
     out_latent = outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=2)
     return unembed_out(out_latent)  # (B, H, L, C) -> (B, H, L, V)
 
 
-def attend_rows(q, rows, rope_dims: int):
-    """Multi-query attention of q (B, H, L, C + R) over rows (B, S, C + R) -> (B, H, L, C)."""
+def attend_latents(q, latents, rope_dims: int):
+    """Multi-query attention of q (B, H, L, C + R) over latents (B, S, C + R) -> (B, H, L, C)."""
     B, H, L, width = q.shape
-    S = rows.shape[1]
-    scores = q.reshape(B, H * L, width) @ rows.swapaxes(-1, -2)  # (B, H L, S)
+    S = latents.shape[1]
+    scores = q.reshape(B, H * L, width) @ latents.swapaxes(-1, -2)  # (B, H L, S)
     scores = scores.reshape(B, H, L, S).astype(mx.float32)
     if L > 1:
         scores = mx.where(causal_mask(L, S), scores, -mx.inf)
-    weights = mx.softmax(scores, axis=-1).astype(rows.dtype)
-    out = weights.reshape(B, H * L, S) @ rows[..., :-rope_dims]  # the latent is also the value
+    weights = mx.softmax(scores, axis=-1).astype(latents.dtype)
+    out = weights.reshape(B, H * L, S) @ latents[..., :-rope_dims]  # the latent is also the value
     return out.reshape(B, H, L, width - rope_dims)
 
 
@@ -79,15 +79,15 @@ def head_slice(layer: nn.Module, heads: slice, x: mx.array, transpose: bool) -> 
     )
 
 
-def attend_expanded(q_nope, q_pe, rows, embed_q, unembed_out, scale):
+def attend_expanded(q_nope, q_pe, latents, embed_q, unembed_out, scale):
     """Attend with keys and values expanded, one group of heads and block of queries at a time.
 
     Same shapes and result as `attend_absorbed`. Keys are cut at the block's last position, so
     the part of a causal square that is masked anyway is mostly not computed.
     """
     B, H, L, N = q_nope.shape
-    R, S, itemsize = q_pe.shape[-1], rows.shape[1], rows.itemsize
-    latent, k_pe = rows[:, None, :, :-R], rows[:, None, :, -R:]  # (B, 1, S, C), (B, 1, S, R)
+    R, S, itemsize = q_pe.shape[-1], latents.shape[1], latents.itemsize
+    latent, k_pe = latents[:, None, :, :-R], latents[:, None, :, -R:]  # (B, 1, S, C), (B, 1, S, R)
     V = unembed_out["weight"].shape[1]
     group = max(1, EXPANDED_BYTES // (B * S * (N + R + V) * itemsize))
     block = max(16, SCORE_BYTES // (3 * B * min(group, H) * S * itemsize))
@@ -163,11 +163,11 @@ class MLA(nn.Module):
         With `last`, only the last so many rows attend, and only theirs are returned.
         """
         B, L = x.shape[0], last or x.shape[1]
-        q_nope, q_pe, rows = self.project(x, cache.length if cache is not None else 0)
+        q_nope, q_pe, latents = self.project(x, cache.length if cache is not None else 0)
         if L < x.shape[1]:
             q_nope, q_pe = q_nope[:, :, -L:], q_pe[:, :, -L:]
         if cache is not None:
-            rows = cache.append(rows)
+            latents = cache.append(latents)
         attend = attend_absorbed if L <= ABSORBED_MAX_QUERIES else attend_expanded
-        out = attend(q_nope, q_pe, rows, self.embed_q, self.unembed_out, self.scale)
+        out = attend(q_nope, q_pe, latents, self.embed_q, self.unembed_out, self.scale)
         return self.o_proj(out.swapaxes(1, 2).reshape(B, L, -1))

@@ -26,7 +26,7 @@ with imports(__name__):
     from mlx_dsv3.config import read_json
     from mlx_dsv3.load import load_checked_tokenizer, load_model, plan_memory
     from mlx_dsv3.parity.bounds import RECIPES, TOP1_GAP, Sources, Verdict, recipe_of
-    from mlx_dsv3.parity.differences import Text
+    from mlx_dsv3.parity.differences import TokenDifferences
     from mlx_dsv3.parity.golden import Golden, read_golden
     from mlx_dsv3.parity.replay import Replay, check_same_model
 
@@ -146,7 +146,7 @@ def as_json(golden: Golden, about: dict, verdict: Verdict) -> dict:
     }
 
 
-def text_json(text: Text) -> dict:
+def text_json(text: TokenDifferences) -> dict:
     ours, golden = text.perplexities
     return {
         "kl": text.kl,
@@ -197,7 +197,7 @@ def print_report(golden: Golden, about: dict, verdict: Verdict) -> None:
     print(f"{word} the bounds (mean row error {bound.error:.1e}, KL {bound.kl:.1e})")
 
 
-def print_text(label: str, text: Text) -> None:
+def print_text(label: str, text: TokenDifferences) -> None:
     ours, golden = text.perplexities
     print(
         f"{label}  KL {text.kl:.1e}, best token {text.top1:.1%} "

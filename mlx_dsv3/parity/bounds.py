@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.parity.differences import Stage, Text
+from mlx_dsv3.parity.differences import Stage, TokenDifferences
 from mlx_dsv3.parity.replay import Result
 
 DEMO_STAGES = 14
@@ -189,7 +189,7 @@ LONG_NAMES = {
 }
 
 
-def judge_text(where: str, text: Text, bound: Bound) -> list[Breach]:
+def judge_text(where: str, text: TokenDifferences, bound: Bound) -> list[Breach]:
     """Return what of the logits' numbers is out of bounds."""
     ours, golden = text.perplexities
     values = {

@@ -95,7 +95,7 @@ def finite(value: float) -> float:
 
 
 @dataclass
-class Text:
+class TokenDifferences:
     """Differences of logits over all prompts; lists have a number for each position."""
 
     divergences: list[float] = field(default_factory=list)  # KL(golden | model)

@@ -17,7 +17,7 @@ from mlx_dsv3.errors import UserError
 from mlx_dsv3.model.decoder import DecoderLayer, Model
 from mlx_dsv3.model.moe import MoE
 from mlx_dsv3.model.mtp import MTP
-from mlx_dsv3.parity.differences import Stage, Text
+from mlx_dsv3.parity.differences import Stage, TokenDifferences
 from mlx_dsv3.parity.golden import DIMENSIONS, Golden
 
 HEAD_ROWS = 128  # positions whose logits are alive at once
@@ -40,8 +40,8 @@ class Result:
     """What a replay found, stage by stage and in the text."""
 
     stages: dict[str, Stage] = field(default_factory=dict)
-    text: Text = field(default_factory=Text)
-    mtp_text: Text | None = None
+    text: TokenDifferences = field(default_factory=TokenDifferences)
+    mtp_text: TokenDifferences | None = None
     accepted: list[bool] = field(default_factory=list)  # greedy drafts equal to the main model's
     golden_accepted: list[bool] = field(default_factory=list)
 
@@ -64,7 +64,7 @@ class Replay:
             chosen = self.head(g, prompt, "", ids[0, 1:], result.text)
             if self.mtp is None or "mtp.logprobs" not in prompt:
                 continue
-            result.mtp_text = result.mtp_text or Text()
+            result.mtp_text = result.mtp_text or TokenDifferences()
             f = self.drafter(prompt, g[:, :-1], ids[:, 1:])
             drafts = self.head(f, prompt, "mtp.", ids[0, 2:], result.mtp_text)
             result.accepted += (drafts == chosen[1:]).tolist()
@@ -116,7 +116,9 @@ class Replay:
         self.result.stage(name).add(h[0][at], expected, alike[np.array(at)], base)
         return expected[None].astype(h.dtype) if self.teacher_forced else h
 
-    def head(self, states: mx.array, prompt: dict, prefix: str, targets, text: Text) -> np.ndarray:
+    def head(
+        self, states: mx.array, prompt: dict, prefix: str, targets, text: TokenDifferences
+    ) -> np.ndarray:
         """Measure the logits of states (1, L, D), some positions at a time; return the choices."""
         chosen = []
         for start in range(0, states.shape[1], HEAD_ROWS):

@@ -16,9 +16,9 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_dsv3.conversation.messages import Conversation
-from mlx_dsv3.decoding.draft_control import MAX_DRAFTS, Gate
+from mlx_dsv3.decoding.draft_control import MAX_DRAFTS, DraftControl
 from mlx_dsv3.decoding.sampler import Sampler
-from mlx_dsv3.decoding.steps import Decoder, DraftStats, decode
+from mlx_dsv3.decoding.steps import DraftStats, Stepper, decode
 from mlx_dsv3.generate import make_state, prefill
 from mlx_dsv3.load import Loaded, load, plan_memory
 
@@ -52,13 +52,15 @@ def prompts_of(loaded: Loaded, count: int) -> list[list[int]]:
     return prompts
 
 
-def text_of(loaded: Loaded, ids: list[int], tokens: int, drafts: int | Gate, sampler: Sampler):
+def text_of(
+    loaded: Loaded, ids: list[int], tokens: int, drafts: int | DraftControl, sampler: Sampler
+):
     """Return the tokens of a reply that no end token ends, and its draft statistics."""
-    gate = drafts if isinstance(drafts, Gate) else Gate(fixed=drafts)
-    state, stats = make_state(loaded, gate.fixed != 0), DraftStats()
+    control = drafts if isinstance(drafts, DraftControl) else DraftControl(fixed=drafts)
+    state, stats = make_state(loaded, control.fixed != 0), DraftStats()
     prefill(loaded, state, ids)
-    decoder = Decoder(loaded.model, loaded.mtp, state, sampler, loaded.vocabulary_mask)
-    return list(decode(decoder, ids[-1], tokens, gate, set(), stats)), stats
+    stepper = Stepper(loaded.model, loaded.mtp, state, sampler, loaded.vocabulary_mask)
+    return list(decode(stepper, ids[-1], tokens, control, set(), stats)), stats
 
 
 def margin(loaded: Loaded, ids: list[int], sampler: Sampler) -> float:

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from drafted import Drafted
 
-from mlx_dsv3.decoding.draft_control import MAX_DRAFTS, Gate
+from mlx_dsv3.decoding.draft_control import MAX_DRAFTS, DraftControl
 from mlx_dsv3.decoding.sampler import Sampler
 from mlx_dsv3.decoding.state import fingerprint, load_state
 from mlx_dsv3.decoding.steps import LEAST_TOKENS, DraftStats
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.generate import make_gate, make_state, stream
+from mlx_dsv3.generate import make_control, make_state, stream
 from mlx_dsv3.load import Loaded
 
 from . import identical
@@ -45,7 +45,7 @@ def test_memory_over_4000_tokens(loaded, streamed, experts, drafts):
     """A reply grows by the rows that were planned, also as the system counts it (H1)."""
     side = loaded if experts == "resident" else streamed
     model = Drafted(side.model, side.mtp)
-    beside, resident = model.growth(Gate() if drafts == "auto" else drafts, 4000)
+    beside, resident = model.growth(DraftControl() if drafts == "auto" else drafts, 4000)
     planned = side.plan.cache_bytes / side.plan.context
     print(f"drafts {drafts}, {experts}: planned {planned:.0f} bytes per token, beside the caches ")
     print(f"{beside:.0f}, resident set {resident:.0f}")
@@ -175,10 +175,10 @@ def test_a_quantisation_has_its_own_saved_conversations(loaded, converted):
 
 
 def test_statistics_of_a_reply(loaded, ask):
-    """Acceptance by position, tokens a step, and speed against the gate's own plain steps."""
-    gate, tokens = Gate(), 0
+    """Acceptance by position, tokens a step, and speed against the control's own plain steps."""
+    control, tokens = DraftControl(), 0
     for _ in range(4):
-        *_, last = stream(loaded, ask(QUESTION), drafts=gate)
+        *_, last = stream(loaded, ask(QUESTION), drafts=control)
         drafts = last.stats.drafts
         assert drafts.tokens == last.stats.reply_tokens
         assert drafts.tokens + drafts.unseen == sum(drafts.steps) + sum(drafts.accepted)
@@ -192,18 +192,18 @@ def test_statistics_of_a_reply(loaded, ask):
 
 def test_no_ratio_from_a_short_reply(loaded, ask):
     """The demo greeted with `0.03 x plain`: 13 tokens, most of their time spent in a compiler."""
-    gate = Gate()
+    control = DraftControl()
     for question in (QUESTION, "Hello! How are you? Tell me a long story about the sea, please."):
         for _ in range(3):
-            *_, last = stream(loaded, ask(question), drafts=gate)
+            *_, last = stream(loaded, ask(question), drafts=control)
             drafts = last.stats.drafts
             is_long = drafts.warm_tokens - drafts.unseen >= LEAST_TOKENS
             assert (drafts.speed_up is not None) == bool(is_long and drafts.draft_steps)
             assert drafts.tokens - drafts.warm_tokens + drafts.unseen <= 2 * (MAX_DRAFTS + 1)
     made = DraftStats(plain_step_s=1.0)
-    made.record(1, 1, 100.0, is_warm=False)  # compiling
+    made.observe(1, 1, 100.0, is_warm=False)  # compiling
     for _ in range(LEAST_TOKENS // 2):
-        made.record(1, 1, 1.0, is_warm=True)
+        made.observe(1, 1, 1.0, is_warm=True)
     assert made.speed_up == 2.0
 
 
@@ -243,7 +243,7 @@ def test_drafts_without_the_sidecar_are_refused(demo_q4, tmp_path):
 @pytest.mark.parametrize("drafts", ["5", "-1", "many", ""])
 def test_other_numbers_of_drafts_are_refused(loaded, drafts):
     with pytest.raises(UserError, match="--drafts") as caught:
-        make_gate(loaded, drafts)
+        make_control(loaded, drafts)
     assert "0 to 4" in caught.value.hint
 
 

@@ -78,9 +78,9 @@ def normalised_k_pe(monkeypatch, pair):
 def attend_plain(rope: Rope | None = None):
     """Return an attention with dense scores; with `rope`, the nope dimensions rotate too."""
 
-    def attend(q_nope, q_pe, rows, embed_q, unembed_out, scale):
-        L, S, R = q_nope.shape[2], rows.shape[1], q_pe.shape[-1]
-        latent, k_pe = rows[:, None, :, :-R], rows[:, None, :, -R:]
+    def attend(q_nope, q_pe, latents, embed_q, unembed_out, scale):
+        L, S, R = q_nope.shape[2], latents.shape[1], q_pe.shape[-1]
+        latent, k_pe = latents[:, None, :, :-R], latents[:, None, :, -R:]
         k_nope, v = embed_q(latent, transpose=False), unembed_out(latent)  # (B, H, S, N or V)
         if rope is not None:
             q_nope, k_nope = rope(q_nope, S - L), rope(k_nope, 0)

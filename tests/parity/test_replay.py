@@ -18,7 +18,7 @@ from mlx_dsv3.checkpoint.headers import read_header
 from mlx_dsv3.errors import UserError, run_main
 from mlx_dsv3.parity import __main__ as parity
 from mlx_dsv3.parity import bounds
-from mlx_dsv3.parity.differences import Stage, Text, divergence
+from mlx_dsv3.parity.differences import Stage, TokenDifferences, divergence
 from mlx_dsv3.parity.golden import read_golden
 
 ROOT = Path(__file__).parents[2]
@@ -438,7 +438,7 @@ def test_infinities_are_differences():
     stage = Stage("x")
     stage.add(mx.array(normal(8, 32)), mx.array(states), np.ones(8, bool))
     assert stage.error == stage.worst == stage.channel == np.inf
-    assert Text(losses=[1.0], golden_losses=[1e30]).perplexities[1] == np.inf
+    assert TokenDifferences(losses=[1.0], golden_losses=[1e30]).perplexities[1] == np.inf
 
 
 def test_divergence_is_the_whole_one():
@@ -460,7 +460,7 @@ def test_ties_do_not_count_outside_ties():
     assert stage.agreement() == 0.75 and stage.agreement(1e-3) == 1.0
     stage.route(ours, golden, mx.array([0.5, 0.5]))
     assert stage.agreement(1e-3) == pytest.approx(5 / 6)
-    text = Text(is_same=[True, False, False], gaps=[2.0, 0.1, 1.0])
+    text = TokenDifferences(is_same=[True, False, False], gaps=[2.0, 0.1, 1.0])
     assert text.top1_outside(0.5) == 0.5
 
 

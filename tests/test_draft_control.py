@@ -1,4 +1,4 @@
-"""The gate on simulated steps: what it may lose, what it must win. No clock is read.
+"""The control on simulated steps: what it may lose, what it must win. No clock is read.
 
 Times have noise and spikes; what is compared are the true times of the steps that were chosen.
 """
@@ -17,7 +17,7 @@ from mlx_dsv3.decoding.draft_control import (
     MAX_CREDIT,
     MAX_DRAFTS,
     START_CREDIT,
-    Gate,
+    DraftControl,
 )
 
 PLAIN_S = 0.01
@@ -35,11 +35,11 @@ class World:
     warm_up: tuple[float, ...] = ()  # what the first draft steps after 40 plain ones take longer
     pause_every: int = 0  # plain steps; the reader of the tokens then pauses, and a step ends in it
 
-    def run(self, gate: Gate, tokens: int, seed: int = 0, context: int = 100) -> "Run":
+    def run(self, control: DraftControl, tokens: int, seed: int = 0, context: int = 100) -> "Run":
         draw, run, before, in_row, cold = random.Random(seed), Run(), 0, 0, 0.0
         while run.tokens < tokens:
             n = context + run.tokens
-            drafts = min(gate.choose(n), tokens - run.tokens - 1)
+            drafts = min(control.choose(n), tokens - run.tokens - 1)
             accepted = 0
             while accepted < drafts and draw.random() < self.rate(n):
                 accepted += 1
@@ -56,14 +56,16 @@ class World:
             run.steps[drafts] += 1
             if self.pause_every and not drafts and run.steps[0] % self.pause_every == 0:
                 disturbance = 0.1
-            gate.record(n, drafts, seconds * disturbance, accepted)
+            control.observe(n, drafts, seconds * disturbance, accepted)
             run.seconds += seconds
             run.plain_s += sum(self.step_s(n + i, 0) for i in range(accepted + 1))
             run.tokens += accepted + 1
         return run
 
     def speed_ups(self, tokens: int, context: int = 100, seeds: int = 24) -> list[float]:
-        return sorted(self.run(Gate(), tokens, seed, context).speed_up for seed in range(seeds))
+        return sorted(
+            self.run(DraftControl(), tokens, seed, context).speed_up for seed in range(seeds)
+        )
 
     def best(self, context: int = 100) -> float:
         """Return the speed-up of the best fixed number of drafts."""
@@ -90,7 +92,7 @@ def constant(ratio: float, rate: float, **options) -> World:
 
 @pytest.mark.parametrize("ratio", [1.1, 1.2, 1.3, 1.5, 2.0, 2.5])
 def test_a_module_that_is_noise_costs_at_most_3_percent(ratio):
-    """Every draft in vain, first reply of a new gate, 200 tokens."""
+    """Every draft in vain, first reply of a new control, 200 tokens."""
     speed_ups = constant(ratio, 0.0).speed_ups(200)
     assert speed_ups[0] >= 0.97 and median(speed_ups) >= 0.98
 
@@ -108,11 +110,11 @@ def test_a_reader_that_pauses_earns_nothing(ratio, pause_every):
     """Steps that ran while nobody waited for them saved no time that drafts could lose."""
     world = constant(ratio, 0.0, noise=0, spikes=0, pause_every=pause_every)
     for seed in range(3):
-        gate = Gate()
-        run = world.run(gate, 2000, seed)
+        control = DraftControl()
+        run = world.run(control, 2000, seed)
         lost = (run.seconds - run.plain_s) / PLAIN_S
         assert lost <= FIRST_STEPS * (ratio - 1) + START_CREDIT + LOSS_SHARE * 2000
-        assert not gate.has_paid
+        assert not control.has_paid
 
 
 @pytest.mark.parametrize("ratio, rate", [(1.3, 0.85), (1.5, 0.85), (1.65, 0.9)])
@@ -128,7 +130,7 @@ def test_the_stated_bound_holds(ratio, rate):
     """Without noise it is exact; `MAX_CREDIT` counts only where something had been saved."""
     for tokens in (60, 200, 1000):
         for seed in range(10):
-            run = constant(ratio, rate, noise=0, spikes=0).run(Gate(), tokens, seed)
+            run = constant(ratio, rate, noise=0, spikes=0).run(DraftControl(), tokens, seed)
             lost = (run.seconds - run.plain_s) / PLAIN_S
             first = FIRST_STEPS * (ratio - 1)
             assert lost <= first + START_CREDIT + LOSS_SHARE * run.seconds / PLAIN_S
@@ -138,10 +140,10 @@ def test_what_was_saved_before_is_lost_again_at_most_once():
     """Acceptance ends for good: the loss from there on is bounded by MAX_CREDIT."""
     for seed in range(20):
         world = World(lambda n, k: PLAIN_S * (1 + 0.3 * k), lambda n: 0.9, noise=0, spikes=0)
-        gate = Gate()
-        world.run(gate, 400, seed)
+        control = DraftControl()
+        world.run(control, 400, seed)
         world.rate = lambda n: 0.0
-        run = world.run(gate, 400, seed, context=500)
+        run = world.run(control, 400, seed, context=500)
         lost = (run.seconds - run.plain_s) / PLAIN_S
         assert lost <= MAX_CREDIT + LOSS_SHARE * run.seconds / PLAIN_S
 
@@ -155,9 +157,9 @@ def test_drafts_that_pay_are_used(ratio, rate):
 
 
 def test_a_gate_that_lives_on_has_no_search_to_pay():
-    world, gate = constant(1.3, 0.0), Gate()
-    world.run(gate, 300)
-    speed_ups = [world.run(gate, 60, seed).speed_up for seed in range(20)]
+    world, control = constant(1.3, 0.0), DraftControl()
+    world.run(control, 300)
+    speed_ups = [world.run(control, 60, seed).speed_up for seed in range(20)]
     assert median(speed_ups) >= 0.985 and min(speed_ups) >= 0.96
 
 
@@ -173,11 +175,11 @@ def test_spikes_in_the_first_measurements_do_not_decide_for_good():
     """One draft step of ten times its length, when there is nothing else to compare with."""
 
     class Disturbed(World):
-        def run(self, gate, tokens, seed=0, context=100):
+        def run(self, control, tokens, seed=0, context=100):
             for drafts, seconds in ((1, 0.13), (1, 0.014)):
-                gate.choose(context)
-                gate.record(context, drafts, seconds, 1)
-            return super().run(gate, tokens, seed, context)
+                control.choose(context)
+                control.observe(context, drafts, seconds, 1)
+            return super().run(control, tokens, seed, context)
 
     world = Disturbed(lambda n, k: PLAIN_S * (1 + 0.3 * k), lambda n: 0.85)
     assert world.speed_ups(600)[0] >= 1.2
@@ -186,8 +188,8 @@ def test_spikes_in_the_first_measurements_do_not_decide_for_good():
 def test_context_growth_turns_drafts_off():
     """Verification pays attention for every row: a number that won at 2k loses at 30k."""
     world = World(lambda n, k: PLAIN_S + k * (0.002 + 0.01 * n / 4000), lambda n: 0.85)
-    assert world.run(Gate(), 1500).steps[0] < 150
-    late = [world.run(Gate(), 1500, seed, context=30000) for seed in range(20)]
+    assert world.run(DraftControl(), 1500).steps[0] < 150
+    late = [world.run(DraftControl(), 1500, seed, context=30000) for seed in range(20)]
     assert all(run.steps[0] > 1400 and run.speed_up > 0.97 for run in late)
     assert world.speed_ups(9000, seeds=3)[0] >= 1.03
 
@@ -196,13 +198,13 @@ def test_a_longer_context_is_compared_with_itself():
     """Everything takes longer there: neither side may be judged by times of a short context."""
     world = World(lambda n, k: PLAIN_S * (1 + n / 4000) * (1 + 0.3 * k), lambda n: 0.85)
     for seed in range(10):
-        gate = Gate()
-        world.run(gate, 300, seed)
-        assert world.run(gate, 300, seed, context=60000).speed_up >= 1.4
+        control = DraftControl()
+        world.run(control, 300, seed)
+        assert world.run(control, 300, seed, context=60000).speed_up >= 1.4
 
 
 def test_acceptance_that_comes_and_goes():
-    """Text that cannot be guessed, then text that can: the gate finds back to drafts."""
+    """Text that cannot be guessed, then text that can: the control finds back to drafts."""
     rise = World(lambda n, k: PLAIN_S * (1 + 0.3 * k), lambda n: 0.9 if n > 400 else 0.0)
     assert rise.speed_ups(1500, seeds=15)[0] >= 1.4
     fall = World(lambda n, k: PLAIN_S * (1 + 0.3 * k), lambda n: 0.9 if n < 400 else 0.0)
@@ -221,46 +223,46 @@ def test_a_machine_that_slows_down_for_a_while():
 
 def test_extra_reads_count():
     """Streamed experts: two rows read nearly twice as much, so a step takes 1.9 plain ones."""
-    runs = [constant(1.9, 0.8).run(Gate(), 600, seed) for seed in range(40)]
+    runs = [constant(1.9, 0.8).run(DraftControl(), 600, seed) for seed in range(40)]
     assert min(run.speed_up for run in runs) >= 0.98
     assert median(run.steps[0] for run in runs) > 500
 
 
 def test_first_step_drafts_one_and_limits_are_respected():
-    assert Gate().choose(100) == 1
-    gate = Gate(max_drafts=2)
-    run = constant(1.01, 0.98).run(gate, 400)
+    assert DraftControl().choose(100) == 1
+    control = DraftControl(max_drafts=2)
+    run = constant(1.01, 0.98).run(control, 400)
     assert run.steps[3] == run.steps[4] == 0 and run.steps[2] > 80
 
 
 @pytest.mark.parametrize("drafts", [0, 2])
 def test_fixed_stays_fixed(drafts):
-    gate = Gate(fixed=drafts)
-    assert constant(3.0, 0.0).run(gate, 50).steps[drafts] >= 48
+    control = DraftControl(fixed=drafts)
+    assert constant(3.0, 0.0).run(control, 50).steps[drafts] >= 48
 
 
 def test_replies_of_one_token_teach_nothing_and_break_nothing():
-    """The last token of a budget is never drafted for, whatever the gate wished."""
-    world, gate = constant(1.3, 0.85), Gate()
+    """The last token of a budget is never drafted for, whatever the control wished."""
+    world, control = constant(1.3, 0.85), DraftControl()
     for seed in range(30):
-        world.run(gate, 1, seed)
-    assert world.run(gate, 300).speed_up > 1.2
+        world.run(control, 1, seed)
+    assert world.run(control, 300).speed_up > 1.2
 
 
 def test_compile_time_is_no_evidence():
     """The first step of each kind compiles its kernels: it must neither charge nor set the time."""
-    gate = Gate()
+    control = DraftControl()
     for k, accepted in (1, 0), (0, 0), (1, 0), (0, 0), (0, 0):
-        gate.record(100, k, PLAIN_S * 1.2 if gate.is_warm(k) else 100 * PLAIN_S, accepted)
-    assert gate.step_s(100, 0) == gate.step_s(100, 1) == PLAIN_S * 1.2
-    before = gate.credit
-    gate.record(100, 2, 100 * PLAIN_S, 0)
-    assert gate.credit == before and gate.is_warm(2) and not gate.is_warm(3)
-    gate.record(100, 2, 3 * PLAIN_S, 0)
-    assert gate.credit < before
+        control.observe(100, k, PLAIN_S * 1.2 if control.is_warm(k) else 100 * PLAIN_S, accepted)
+    assert control.step_s(100, 0) == control.step_s(100, 1) == PLAIN_S * 1.2
+    before = control.credit
+    control.observe(100, 2, 100 * PLAIN_S, 0)
+    assert control.credit == before and control.is_warm(2) and not control.is_warm(3)
+    control.observe(100, 2, 3 * PLAIN_S, 0)
+    assert control.credit < before
 
 
 def test_plain_time_is_known_for_the_statistics():
-    gate = Gate()
-    constant(1.3, 0.85, spikes=0).run(gate, 300)
-    assert gate.step_s(200, 0) == pytest.approx(PLAIN_S, rel=0.1)
+    control = DraftControl()
+    constant(1.3, 0.85, spikes=0).run(control, 300)
+    assert control.step_s(200, 0) == pytest.approx(PLAIN_S, rel=0.1)

@@ -8,10 +8,10 @@ import pytest
 from drafted import Drafted, make_drafted
 from mlx_lm.sample_utils import make_logits_processors
 
-from mlx_dsv3.decoding.draft_control import MAX_DRAFTS, Gate
+from mlx_dsv3.decoding.draft_control import MAX_DRAFTS, DraftControl
 from mlx_dsv3.decoding.sampler import Sampler
 from mlx_dsv3.decoding.state import State
-from mlx_dsv3.decoding.steps import Decoder
+from mlx_dsv3.decoding.steps import Stepper
 
 PROMPT = [3, 4, 5, 150, 7]
 SAMPLERS = {
@@ -78,16 +78,16 @@ def test_penalties_see_earlier_drafts(often, drafts):
 
 
 def test_whatever_the_gate_decides(often):
-    """The gate's choices follow the clock; the tokens must not."""
+    """The control's choices follow the clock; the tokens must not."""
 
-    class Restless(Gate):
+    class Restless(DraftControl):
         def choose(self, context: int) -> int:
             return context * 7 % 5
 
     plain = often.tokens(PROMPT, 80, 0)
     assert often.tokens(PROMPT, 80, Restless()) == plain
     assert min(often.stats.steps) > 2
-    assert often.tokens(PROMPT, 80, Gate()) == plain
+    assert often.tokens(PROMPT, 80, DraftControl()) == plain
 
 
 def run_checking(model: Drafted, drafts: int, sampler: Sampler | None = None) -> None:
@@ -132,7 +132,7 @@ def test_waiting_states_are_put_into_the_mtp_cache(often, monkeypatch):
     state, most = often.state(), 0
     often.feed(state, PROMPT[:-1])
     tokens = []
-    for token in often.run(state, PROMPT[-1], 30, Gate(fixed=0)):
+    for token in often.run(state, PROMPT[-1], 30, DraftControl(fixed=0)):
         tokens.append(token)
         most = max(most, state.num_waiting)
         often.assert_exact(state)
@@ -152,7 +152,7 @@ def fails(check, *arguments) -> bool:
 
 def test_mutation_chain_entries_left_in_the_cache(often, monkeypatch):
     """Pairs of guessed states stay in the MTP cache: acceptance sinks, no text changes."""
-    draft = Decoder.draft
+    draft = Stepper.draft
 
     def without_trim(self, last, count):
         cache = self.state.mtp_cache
@@ -162,7 +162,7 @@ def test_mutation_chain_entries_left_in_the_cache(often, monkeypatch):
         return drafts
 
     assert not fails(run_checking, often, 3)
-    monkeypatch.setattr(Decoder, "draft", without_trim)
+    monkeypatch.setattr(Stepper, "draft", without_trim)
     assert not fails(run_checking, often, 1)  # nothing to trim with one draft
     assert fails(run_checking, often, 3)
 
@@ -180,7 +180,7 @@ def test_mutation_state_of_rejected_rows_reused(often, monkeypatch):
 
 def test_mutation_rejected_rows_left_in_the_main_cache(often, monkeypatch):
     """The main cache is not rewound: later tokens attend to rejected drafts."""
-    speculate = Decoder.speculate
+    speculate = Stepper.speculate
 
     def without_trim(self, last, count):
         for layer in self.state.cache:
@@ -191,7 +191,7 @@ def test_mutation_rejected_rows_left_in_the_main_cache(often, monkeypatch):
             for layer in self.state.cache:
                 del layer.trim
 
-    monkeypatch.setattr(Decoder, "speculate", without_trim)
+    monkeypatch.setattr(Stepper, "speculate", without_trim)
     assert fails(run_checking, often, 2)
 
 
