@@ -50,7 +50,7 @@ def forced(folder: Path):
     defaults = ExpertStore.__init__.__defaults__
     ExpertStore.__init__.__defaults__ = (None, True)
     try:
-        return load_model(folder, experts="resident")[0]
+        return load_model(folder, experts="resident").model
     finally:
         ExpertStore.__init__.__defaults__ = defaults
 
@@ -64,7 +64,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.model or write_folder(Path(scratch) / "model", BASE)
         theirs, config = load_in_mlx_lm(folder, strict=True)
-        ours = load_model(folder, experts="resident")[0]
+        ours = load_model(folder, experts="resident").model
         if mx.default_device() == mx.Device(mx.cpu):
             theirs.set_dtype(mx.float32)
         models = {"mlx-lm": theirs, "ours": ours, "ours, ids read": forced(folder)}

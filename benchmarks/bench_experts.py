@@ -217,7 +217,8 @@ def prefill_row(root: Path, config: dict, recipe: str, is_slow: bool) -> dict:
     folder = root / f"small-{recipe}"
     if not folder.is_dir():
         write_folder(folder, config, recipe)
-    model, _, store, args, _ = load_with_slots(folder, 0.25)
+    loaded = load_with_slots(folder, 0.25)
+    model, store, args = loaded.model, loaded.store, loaded.args
     ids = mx.array(np.random.default_rng(0).integers(0, args.vocab_size, (1, 512)))
     bank, speed = store.banks[1], None
     if is_slow:
@@ -261,7 +262,8 @@ def bench_regime(root: Path, tokens: int = 40) -> list[dict]:
         write_folder(folder, MID)
     size = sum(path.stat().st_size for path in folder.glob("model-experts*"))
     for share, keeps in ((0.5, False), (0.25, True), (0.25, False), (0.5, True)):
-        model, _, store, args, _ = load_with_slots(folder, share)
+        loaded = load_with_slots(folder, share)
+        model, store, args = loaded.model, loaded.store, loaded.args
         if not keeps:
             store._read = dropping(store)
         ids = np.random.default_rng(0).integers(0, args.vocab_size, 8 + tokens).tolist()
@@ -306,7 +308,8 @@ folder, budget, tokens = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
 mx.eval(mx.zeros((64, 64)) @ mx.zeros((64, 64)))
 before = resident()
 plan = load.plan_memory(folder, expert_memory_gb=budget, context=tokens, experts='streamed')
-model, mtp, store, args, _ = load.load_model(folder, plan=plan)
+loaded = load.load_model(folder, plan=plan)
+model, mtp, store, args = loaded.model, loaded.mtp, loaded.store, loaded.args
 cache = model.make_cache()
 ids = mx.array(np.random.default_rng(0).integers(0, args.vocab_size, (1, tokens)))
 mx.eval(model.hidden(ids, cache))

@@ -64,7 +64,7 @@ def all_in_numpy() -> Iterator[None]:
 
 def programs(folder: Path) -> dict[str, Callable[[mx.array], float | None]]:
     """Return the programs by name; each takes ids (1, L) and returns seconds."""
-    ours = load_model(folder, experts="resident")[0]
+    ours = load_model(folder, experts="resident").model
     theirs, _ = load_in_mlx_lm(folder, strict=True)
     if mx.default_device() == mx.Device(mx.cpu):
         theirs.set_dtype(mx.float32)

@@ -77,7 +77,8 @@ def mid(work: Path, recipe: str, num_prompts: int) -> Subject:
     """Write, load and prepare a random model of about 1 GB."""
     folder = write_folder(work / f"mid-{recipe}", MID[recipe], recipe)
     plan = plan_memory(folder, experts="resident")
-    model, mtp, store, args, _ = load_model(folder, plan=plan)
+    loaded = load_model(folder, plan=plan)
+    model, mtp, store, args = loaded.model, loaded.mtp, loaded.store, loaded.args
     mx.random.seed(0)
     agree(model, mtp)
     ids = mx.random.randint(2, args.vocab_size, (num_prompts, 32)).tolist()

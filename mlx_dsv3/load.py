@@ -18,10 +18,11 @@ from transformers import PreTrainedConfig
 from mlx_dsv3.checkpoint.folder import SIDECAR, Folder, fetch, open_model
 from mlx_dsv3.checkpoint.headers import TensorInfo
 from mlx_dsv3.config import ModelArgs, read_json
+from mlx_dsv3.device import default_dtype, limit_memory
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.experts.files import EXPERT_KEY, infer_quantization
 from mlx_dsv3.experts.store import ExpertStore
-from mlx_dsv3.memory import BUFFER_CACHE_BYTES, MemoryPlan, available_bytes, make_plan
+from mlx_dsv3.memory import MemoryPlan, make_plan
 from mlx_dsv3.model.decoder import Model
 from mlx_dsv3.model.mla import MLA
 from mlx_dsv3.model.moe import MLP, MoE
@@ -34,23 +35,18 @@ SAFETENSORS_DTYPES = {mx.uint8: "U8"}
 class Loaded:
     """A model ready to run. `mtp` is None where the folder has no `mtp.safetensors`.
 
-    `vocabulary_mask` (vocabulary,) is -inf for the padding ids that the tokenizer lacks and 0
-    elsewhere; None where it lacks none.
+    `tokenizer` is mlx-lm's wrapper; None from `load_model`. `vocabulary_mask` (vocabulary,) is
+    -inf for the padding ids that the tokenizer lacks and 0 elsewhere; None where it lacks none.
     """
 
     model: Model
-    tokenizer: object
     mtp: MTP | None
     store: ExpertStore
     plan: MemoryPlan
     args: ModelArgs
     config: dict
-    vocabulary_mask: mx.array | None
-
-
-def default_dtype() -> mx.Dtype:
-    """Return bfloat16 on a GPU, float32 on the CPU (there bfloat16 is about ten times slower)."""
-    return mx.bfloat16 if mx.default_device() == mx.Device(mx.gpu) else mx.float32
+    tokenizer: object = None
+    vocabulary_mask: mx.array | None = None
 
 
 def load_trunk(tensors: dict[str, TensorInfo]) -> dict[str, mx.array]:
@@ -174,11 +170,12 @@ def load_model(
     dtype: mx.Dtype | None = None,
     plan: MemoryPlan | None = None,
     **options,
-) -> tuple[Model, MTP | None, ExpertStore, ModelArgs, dict]:
+) -> Loaded:
     """Load everything but the tokenizer from an MLX folder or repository, by a memory plan.
 
     Without a plan one is made from `options`; see `memory.make_plan`. What the machine lacks of a
-    repository is fetched when the plan fits.
+    repository is fetched when the plan fits. On a GPU it sets MLX's limits for the whole process
+    (`device.limit_memory`).
     """
     dtype = dtype or default_dtype()
     if dtype not in (mx.float32, mx.bfloat16):
@@ -193,10 +190,8 @@ def load_model(
     except BaseException:
         store.close()
         raise
-    if mx.metal.is_available():  # without it macOS pages weights out: up to 88 times slower
-        mx.set_wired_limit(available_bytes())
-        mx.set_cache_limit(BUFFER_CACHE_BYTES)
-    return model, mtp, store, args, folder.config
+    limit_memory()
+    return Loaded(model, mtp, store, plan, args, folder.config)
 
 
 def load_mtp(folder: Folder, model: Model, store: ExpertStore, dtype: mx.Dtype) -> MTP:
@@ -277,8 +272,9 @@ def load(
     `experts` is `resident`, `streamed` or `auto`; `expert_memory_gb` bounds the expert slots (GB
     of 10^9 bytes); `context` is the length in tokens that memory is planned for; `dtype` is that
     of the activations, bfloat16 on a GPU and float32 on the CPU by default; without `with_mtp` the
-    MTP module takes no memory and there are no drafts. Raises `UserError` for a folder that cannot
-    be run, with what is wrong in it.
+    MTP module takes no memory and there are no drafts. On a GPU it sets MLX's limits for the whole
+    process (`device.limit_memory`). Raises `UserError` for a folder that cannot be run, with what
+    is wrong in it.
     """
     opened, dtype = open_model(folder, with_mtp), dtype or default_dtype()
     plan = make_plan(
@@ -291,6 +287,7 @@ def load(
     )
     args, config = opened.args, opened.config
     tokenizer = load_checked_tokenizer(opened.path, args, config, trust_remote_code)
-    model, mtp, store, *_ = load_model(opened, dtype=dtype, plan=plan)
-    mask = vocabulary_mask(tokenizer, args.vocab_size)
-    return Loaded(model, tokenizer, mtp, store, plan, args, config, mask)
+    loaded = load_model(opened, dtype=dtype, plan=plan)
+    loaded.tokenizer = tokenizer
+    loaded.vocabulary_mask = vocabulary_mask(tokenizer, args.vocab_size)
+    return loaded

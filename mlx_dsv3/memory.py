@@ -5,25 +5,22 @@ chooses how many slots each MoE layer gets; or refuses, naming the shortfall and
 fit. Only this file knows what the machine allows.
 """
 
-import os
 from dataclasses import dataclass
 from math import ceil
-from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from mlx_dsv3.checkpoint.headers import TensorInfo
 from mlx_dsv3.config import ModelArgs
+from mlx_dsv3.device import available_bytes, buffer_cache_bytes, most_wired_bytes
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.experts.files import EXPERT_KEY, FLOAT_BYTES, PROJECTIONS, LayerExperts
 from mlx_dsv3.model.mla import ABSORBED_MAX_QUERIES, SCORE_BYTES
 from mlx_dsv3.sizes import GB, gigabytes, round_down, round_up
 
-MOST_WIRED_SHARE = 0.95  # of the machine's memory, that a GPU can be allowed
 # MLX's Metal allocator changes its behaviour when 95 % of the recommended working set is active.
 USABLE_SHARE = 0.92
-BUFFER_CACHE_BYTES = 1 << 30  # freed buffers that MLX may keep on a GPU
 # Reader threads, headers of the experts, MLX's own buffers (its CPU backend keeps 32 MB of freed
 # ones): 50-60 MB measured with 960 experts on the CPU backend (bench_experts.py memory).
 OVERHEAD_BYTES = 64 << 20
@@ -87,21 +84,6 @@ class MemoryPlan:
             ),
             ("experts", self.expert_bytes, f"{kind}: {count} of {self.num_experts} a layer"),
         ]
-
-
-def available_bytes() -> int:
-    """Return what this process may use: Metal's recommended working set, else free memory."""
-    if mx.metal.is_available():
-        return int(mx.device_info(mx.gpu)["max_recommended_working_set_size"])
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        free = int(fields["MemAvailable"].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup/memory.max")
-    if group.is_file() and (limit := group.read_text().strip()).isdigit():
-        free = min(free, int(limit))
-    return free
 
 
 def held_bytes(info: TensorInfo, dtype: mx.Dtype, name: str = "") -> int:
@@ -215,11 +197,9 @@ def plan_at(
     limit: int,
 ) -> MemoryPlan:
     """Return the plan for a context, which may be larger than the limit."""
-    extra = OVERHEAD_BYTES
+    extra = OVERHEAD_BYTES + buffer_cache_bytes()
     if context > ABSORBED_MAX_QUERIES:
         extra += min(SCORE_BYTES, 12 * args.num_attention_heads * context**2)
-    if mx.metal.is_available():
-        extra += BUFFER_CACHE_BYTES
     room = limit - sizes.trunk - sizes.mtp - sizes.row * context - extra
     everything = sum(sizes.slots.values()) * args.n_routed_experts
     least = transient_bytes(args, dtype, min(RESIDENT_CHUNK, context))
@@ -315,8 +295,7 @@ def refuse(plan: MemoryPlan, args: ModelArgs) -> None:
             f"{plan.context:,} tokens; a recipe with fewer bits needs less"
             + (", and so does a smaller `--context`" if plan.context > LEAST_CONTEXT else "")
         )
-    if mx.metal.is_available():
-        wanted = ceil(plan.total_bytes / USABLE_SHARE / 2**20)
-        if wanted < MOST_WIRED_SHARE * mx.device_info(mx.gpu)["memory_size"] / 2**20:
-            hint += f"; or allow the GPU more: `sudo sysctl iogpu.wired_limit_mb={wanted}`"
+    wanted = ceil(plan.total_bytes / USABLE_SHARE / 2**20)
+    if wanted << 20 < most_wired_bytes():
+        hint += f"; or allow the GPU more: `sudo sysctl iogpu.wired_limit_mb={wanted}`"
     raise UserError(message, hint)

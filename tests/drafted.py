@@ -126,6 +126,7 @@ def assert_rows(name: str, cache, expected, length: int, bound: float) -> None:
 def make_drafted(folder, config=tiny.A, seed=0, damping=0.2, noise=0.15, **options) -> Drafted:
     """Write an agreeing model into a folder and load it."""
     write_mlx(folder, config, agreeing_tensors(config, seed, damping, noise), **options)
-    model, mtp, store, _, _ = load_model(folder)
+    loaded = load_model(folder)
+    model, mtp, store = loaded.model, loaded.mtp, loaded.store
     store.close()
     return Drafted(model, mtp)

@@ -48,7 +48,8 @@ def random_pair(random_folder):
         folder, tensors = random_folder(config, bias_mean, seed, **options)
         if folder not in references:
             references[folder] = load_reference(config, tensors)
-        model, mtp, store, args, _ = load_model(folder, dtype=dtype)
+        loaded = load_model(folder, dtype=dtype)
+        model, mtp, store, args = loaded.model, loaded.mtp, loaded.store, loaded.args
         store.close()
         return Pair(model, mtp, args, references[folder], tensors, config)
 

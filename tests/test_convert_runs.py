@@ -43,7 +43,8 @@ def test_converted_model_equals_the_reference(tmp_path, shape):
     source = tiny.write_hub(tmp_path / "hub", config, **options)
     out = tmp_path / "out"
     assert not convert(["run", str(source), str(out), "--recipe", "float32"])
-    model, mtp, store, *_ = load_model(out, dtype=mx.float32)
+    loaded = load_model(out, dtype=mx.float32)
+    model, mtp, store = loaded.model, loaded.mtp, loaded.store
     reference, ids = load_reference(source), torch.from_numpy(IDS)
     with torch.no_grad():
         expected, states = reference(ids)
@@ -64,6 +65,7 @@ def test_random_q4_folder_gives_mlx_lms_logits(tmp_path):
     assert not convert(["run", str(source), str(tmp_path / "out"), "--recipe", "q4"])
     theirs, _ = load_in_mlx_lm(tmp_path / "out", strict=True)
     theirs.set_dtype(mx.float32)
-    model, _, store, *_ = load_model(tmp_path / "out", dtype=mx.float32)
+    loaded = load_model(tmp_path / "out", dtype=mx.float32)
+    model, store = loaded.model, loaded.store
     assert relative(model(mx.array(IDS)), np.array(theirs(mx.array(IDS)))) < 1e-5
     store.close()

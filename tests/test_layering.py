@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # The rooms of mlx_dsv3, and the files beside them. Each may import those of earlier rows.
 ROWS = [
     {"errors", "sizes"},
-    {"config"},
+    {"config", "device"},
     {"checkpoint"},
     {"model"},
     {"experts", "decoding"},
@@ -20,6 +20,7 @@ ROWS = [
     {"load"},
     {"generate", "parity"},
     {"conversation"},
+    {"terminal"},
     {"programs"},
 ]
 ALONE = {"reference": {"errors"}}  # shares no code with the others: the second opinion

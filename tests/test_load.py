@@ -40,7 +40,8 @@ def folder(random_folder, tmp_path):
 
 
 def logits_of(folder, ids, **options) -> mx.array:
-    model, _, store, _, _ = load_model(folder, **options)
+    loaded = load_model(folder, **options)
+    model, store = loaded.model, loaded.store
     store.close()
     return model(mx.array(ids.numpy()))
 
@@ -94,7 +95,8 @@ def test_folder_saved_by_mlx_lm_loads(tmp_path, packing):
     save_model(tmp_path / "theirs", model)
     save_config(config, tmp_path / "theirs" / "config.json")
     ids = random_ids(1, 23)
-    ours, mtp, store, _, _ = load_model(tmp_path / "theirs")
+    loaded = load_model(tmp_path / "theirs")
+    ours, mtp, store = loaded.model, loaded.mtp, loaded.store
     store.close()
     assert mtp is None, "mlx-lm drops the MTP layer"
     logits = ours(mx.array(ids.numpy()))
@@ -108,7 +110,8 @@ def test_old_folder_with_kv_b_proj(tmp_path, packing):
     A packed one is dequantised and quantised again along other axes; MTP likewise.
     """
     write_mlx(tmp_path, SMALL_D, tiny.random_tensors(SMALL_D), split_kv_b=False, packing=packing)
-    model, mtp, store, _, _ = load_model(tmp_path, dtype=mx.bfloat16)
+    loaded = load_model(tmp_path, dtype=mx.bfloat16)
+    model, mtp, store = loaded.model, loaded.mtp, loaded.store
     store.close()
     theirs, _ = load_in_mlx_lm(tmp_path, strict=True)
     for layer, expected in zip(model.layers, theirs.layers, strict=True):
@@ -127,7 +130,8 @@ def test_old_folder_equals_its_tensors(tmp_path, packing):
     """
     tensors = tiny.random_tensors(SMALL_D)
     meaning = write_mlx(tmp_path, SMALL_D, tensors, split_kv_b=False, packing=packing)
-    model, mtp, store, args, _ = load_model(tmp_path)
+    loaded = load_model(tmp_path)
+    model, mtp, store, args = loaded.model, loaded.mtp, loaded.store, loaded.args
     store.close()
     for i, attention in enumerate([*(layer.self_attn for layer in model.layers), mtp.self_attn]):
         heads = meaning[f"model.layers.{i}.self_attn.kv_b_proj.weight"]
@@ -165,7 +169,8 @@ def test_mixed_bits(tmp_path):
     save_ordered(mixed / TRUNK, arrays)
     main = [key for key in meanings["q4"] if "layers.2." not in key]
     expected = {key: meanings[source(key)][key] for key in main}
-    model, mtp, store, _, _ = load_model(mixed)
+    loaded = load_model(mixed)
+    model, mtp, store = loaded.model, loaded.mtp, loaded.store
     store.close()
     assert len(model.layers[0].self_attn.qkv_a_proj.layers) == 2
     assert len(model.layers[0].mlp.gate_up_proj.layers) == 2
@@ -178,14 +183,16 @@ def test_mixed_bits(tmp_path):
 def test_activation_dtype(folder):
     """bf16 scales in a float32 model, or a router cast with the rest."""
     for dtype in mx.float32, mx.bfloat16:
-        model, mtp, store, _, _ = load_model(folder, dtype=dtype)
+        loaded = load_model(folder, dtype=dtype)
+        model, mtp, store = loaded.model, loaded.mtp, loaded.store
         store.close()
         for module in model, mtp:
             for name, array in tree_flatten(module.parameters()):
                 assert array.dtype == (mx.float32 if "mlp.gate." in name else dtype), name
         assert model(mx.array([[1, 2]])).dtype == dtype
         assert model.layers[1].mlp.bank.down.weight.dtype == dtype
-    model, _, store, _, _ = load_model(folder)
+    loaded = load_model(folder)
+    model, store = loaded.model, loaded.store
     store.close()
     on_gpu = mx.default_device() == mx.Device(mx.gpu)
     assert model(mx.array([[1]])).dtype == (mx.bfloat16 if on_gpu else mx.float32)
@@ -203,7 +210,8 @@ def test_folder_without_index_or_sidecar(folder):
     expected = logits_of(folder, ids)
     (folder / INDEX).unlink()
     (folder / "mtp.safetensors").unlink()
-    model, mtp, store, _, _ = load_model(folder)
+    loaded = load_model(folder)
+    model, mtp, store = loaded.model, loaded.mtp, loaded.store
     store.close()
     assert mtp is None
     assert same_bits(model(mx.array(ids.numpy())), expected)
@@ -214,7 +222,7 @@ def test_rotary_buffers_are_ignored(folder):
     arrays = mx.load(str(folder / TRUNK))
     arrays["model.layers.0.self_attn.rotary_emb.inv_freq"] = mx.ones(8)
     save_ordered(folder / TRUNK, arrays)
-    load_model(folder)[2].close()
+    load_model(folder).store.close()
 
 
 def test_load_gives_everything(folder):

@@ -7,13 +7,12 @@ from drafted import Drafted
 from mlx_folder import write_mlx
 
 from mlx_dsv3.checkpoint.folder import open_folder
+from mlx_dsv3.device import BUFFER_CACHE_BYTES, MOST_WIRED_SHARE
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.load import load_model, plan_memory
 from mlx_dsv3.memory import (
-    BUFFER_CACHE_BYTES,
     DEFAULT_CONTEXT,
     LEAST_CONTEXT,
-    MOST_WIRED_SHARE,
     PREFILL_CHUNKS,
     RESIDENT_CHUNK,
     USABLE_SHARE,
@@ -41,7 +40,8 @@ def array_bytes(module) -> int:
 def test_plan_is_what_loading_takes(folder, dtype):
     """Every byte of trunk, MTP module and banks, in both activation dtypes."""
     plan = plan_memory(folder, dtype=dtype)
-    model, mtp, store, *_ = load_model(folder, dtype=dtype, plan=plan)
+    loaded = load_model(folder, dtype=dtype, plan=plan)
+    model, mtp, store = loaded.model, loaded.mtp, loaded.store
     assert plan.trunk_bytes == array_bytes(model)
     assert plan.mtp_bytes == array_bytes(mtp)
     assert plan.expert_bytes == sum(bank.nbytes for bank in store.banks.values())
@@ -60,7 +60,8 @@ def test_a_decoded_token_takes_its_rows_alone(folder, drafts):
     mlx-lm's cache with values of width 0 took as much again as the rows, or twice with drafts.
     """
     plan = plan_memory(folder, dtype=mx.float32)
-    model, mtp, store, *_ = load_model(folder, dtype=mx.float32, plan=plan)
+    loaded = load_model(folder, dtype=mx.float32, plan=plan)
+    model, mtp, store = loaded.model, loaded.mtp, loaded.store
     beside, _ = Drafted(model, mtp).growth(drafts, 160)
     assert abs(beside) < 0.2 * plan.cache_bytes / plan.context
     store.close()
@@ -120,7 +121,8 @@ def test_without_drafts_the_module_takes_no_memory(folder):
     plan = plan_memory(folder, dtype=mx.float32, with_mtp=False)
     whole = plan_memory(folder, dtype=mx.float32)
     assert plan.mtp_bytes == 0 and len(plan.slots) == len(whole.slots) - 1
-    model, mtp, *_ = load_model(open_folder(folder, with_mtp=False), dtype=mx.float32)
+    loaded = load_model(open_folder(folder, with_mtp=False), dtype=mx.float32)
+    model, mtp = loaded.model, loaded.mtp
     assert mtp is None and model(mx.zeros((1, 2), mx.int32)).shape[1] == 2
 
 
@@ -216,3 +218,11 @@ def test_a_mac_may_be_told_to_allow_more(folder, monkeypatch):
     with pytest.raises(UserError, match="this machine allows") as error:
         plan_memory(folder, dtype=mx.float32, experts="resident")
     assert "iogpu" not in error.value.hint
+
+
+def test_another_gpu_allows_its_free_memory(folder, monkeypatch):
+    """MLX's CUDA backend: the plan counted the host's memory, which the model is not put into."""
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(mx, "device_info", {mx.gpu: {"free_memory": 8 * 10**9}}.__getitem__)
+    plan = plan_memory(folder, dtype=mx.float32)
+    assert plan.limit_bytes == int(8 * 10**9 * USABLE_SHARE)

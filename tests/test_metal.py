@@ -17,9 +17,10 @@ from mlx_folder import write_mlx
 
 from convert.__main__ import main as convert
 from mlx_dsv3.decoding.sampler import Sampler
+from mlx_dsv3.device import available_bytes
 from mlx_dsv3.generate import stream
 from mlx_dsv3.load import load, load_model, plan_memory
-from mlx_dsv3.memory import USABLE_SHARE, available_bytes
+from mlx_dsv3.memory import USABLE_SHARE
 from mlx_dsv3.parity import __main__ as parity
 
 GPU = mx.gpu
@@ -68,7 +69,8 @@ def converted_here(tmp_path_factory, checkpoint):
 
 def passes(folder: Path) -> dict[str, mx.array]:
     """Return logits of a prefill, a verification and a decoding step, and the MTP module's."""
-    model, mtp, store, args, _ = load_model(folder, dtype=mx.float32)
+    loaded = load_model(folder, dtype=mx.float32)
+    model, mtp, store, args = loaded.model, loaded.mtp, loaded.store, loaded.args
     store.close()
     cache, out = model.make_cache(), {}
     ids = mx.array([[(7 * i + 3) % args.vocab_size for i in range(330)]])

@@ -67,7 +67,8 @@ def load_with(folder, capacity: int):
 
 def logits_of(folder, capacity: int, decoded: int) -> tuple[np.ndarray, ExpertStore]:
     """Return the logits of a prefill, of single tokens, of verifications, and of the MTP module."""
-    model, mtp, store, *_ = load_with(folder, capacity)
+    loaded = load_with(folder, capacity)
+    model, mtp, store = loaded.model, loaded.mtp, loaded.store
     ids, cache = mx.array(PROMPT[None]), model.make_cache()
     g = model.hidden(ids, cache)
     out = [model.lm_head(g), mtp(g[:, :-1], ids[:, 1:])[0]]
@@ -133,7 +134,8 @@ def test_a_full_bank_read_the_streamed_way_gives_the_same_bits(folder_of, monkey
 
 def test_a_resident_bank_keeps_no_activations(folder_of):
     """On a CPU its prompts go the streamed way, but no slot ever changes: nothing to wait for."""
-    model, _, store, *_ = load_with(folder_of("q4"), E)
+    loaded = load_with(folder_of("q4"), E)
+    model, store = loaded.model, loaded.store
     mx.eval(model(mx.array(PROMPT[None]), model.make_cache()))
     assert not any(bank.readers for bank in store.banks.values())
     store.close()
@@ -226,7 +228,8 @@ def test_a_slot_is_not_overwritten_under_a_lazy_graph(folder_of):
 
 def test_prefill_reads_each_expert_at_most_once_a_layer(folder_of):
     """Expert-major waves: 300 tokens need every expert, and no expert twice."""
-    model, mtp, store, *_ = load_with(folder_of("q4"), E // 4)
+    loaded = load_with(folder_of("q4"), E // 4)
+    model, store = loaded.model, loaded.store
     mx.eval(model.hidden(mx.array(PROMPT[None]), model.make_cache()))
     for layer in (1, 2):
         counters = store.banks[layer].counters
@@ -237,7 +240,8 @@ def test_prefill_reads_each_expert_at_most_once_a_layer(folder_of):
 
 def test_decoding_hits_what_it_has(folder_of):
     """The same token again and again needs its experts from disk once."""
-    model, _, store, *_ = load_with(folder_of("q4"), K)
+    loaded = load_with(folder_of("q4"), K)
+    model, store = loaded.model, loaded.store
     for _ in range(5):
         mx.eval(model(mx.array([[3]])))
     for layer in (1, 2):
@@ -250,8 +254,9 @@ def test_decoding_hits_what_it_has(folder_of):
 def test_a_failed_read_ends_the_step_and_nothing_else(folder_of, tmp_path, monkeypatch, kind):
     """A cut file or a dying disk: an error with file and offset; the session then goes on."""
     folder = folder_of("q4")
-    healthy = np.array(load_with(folder, E)[0](mx.array(PROMPT[None])))
-    model, _, store, *_ = load_with(folder, K)
+    healthy = np.array(load_with(folder, E).model(mx.array(PROMPT[None])))
+    loaded = load_with(folder, K)
+    model, store = loaded.model, loaded.store
     path = folder / "model-experts-00001.safetensors"
     preadv, size = os.preadv, path.stat().st_size
 
@@ -273,7 +278,8 @@ def test_a_failed_read_ends_the_step_and_nothing_else(folder_of, tmp_path, monke
 
 def test_reads_are_joined_before_an_exception_leaves(folder_of, monkeypatch):
     """Ctrl-C while a wave loads: a read still under way would write into a reused slot."""
-    model, _, store, *_ = load_with(folder_of("q4"), K)
+    loaded = load_with(folder_of("q4"), K)
+    model, store = loaded.model, loaded.store
     under_way, preadv, lock = [0], os.preadv, threading.Lock()
 
     def counted(fd, buffers, offset):
@@ -303,8 +309,9 @@ def hung(signum, frame):
 
 def check_interrupts(folder, stride: int, then: int | None) -> int:
     """Interrupt a prompt and three tokens at every `stride`-th line, with cold banks each time."""
-    expected = np.array(load_with(folder, E)[0](mx.array(PROMPT[None, :30])))
-    model, _, store, *_ = load_with(folder, 2 * K)
+    expected = np.array(load_with(folder, E).model(mx.array(PROMPT[None, :30])))
+    loaded = load_with(folder, 2 * K)
+    model, store = loaded.model, loaded.store
     truth, line, count = expected_rows(folder), 1, 0
 
     def steps() -> None:
@@ -349,7 +356,8 @@ def test_ctrl_c_at_every_line_while_experts_stream(folder_of, then):
 @pytest.mark.parametrize("rounds", [50, pytest.param(2000, marks=pytest.mark.slow)])
 def test_ctrl_c_at_random_moments(folder_of, rounds):
     """By a real signal, between any two bytecodes and within waits."""
-    model, _, store, *_ = load_with(folder_of("q4"), K)
+    loaded = load_with(folder_of("q4"), K)
+    model, store = loaded.model, loaded.store
     truth, rng, interrupted = expected_rows(folder_of("q4")), np.random.default_rng(0), 0
 
     def interrupt(signum, frame):
@@ -391,7 +399,7 @@ def test_the_switch_interval_is_short_until_the_last_store_closes(folder_of, mon
     shortened = sys.getswitchinterval()
     monkeypatch.setattr(expert_store, "switch_interval", expert_store.SwitchInterval())
     sys.setswitchinterval(0.004)
-    first, second = (load_with(folder_of("q4"), K)[2] for _ in range(2))
+    first, second = (load_with(folder_of("q4"), K).store for _ in range(2))
     first.close()
     first.close()
     assert sys.getswitchinterval() == pytest.approx(expert_store.SWITCH_INTERVAL_S)
@@ -406,7 +414,8 @@ def test_a_trace_that_cannot_be_written_ends_alone(folder_of, capsys):
         pytest.skip("no /dev/full here")
     from pathlib import Path
 
-    model, _, store, *_ = load_with(folder_of("q4"), K)
+    loaded = load_with(folder_of("q4"), K)
+    model, store = loaded.model, loaded.store
     store.trace_to(Path("/dev/full"))
     mx.eval(model(mx.array(PROMPT[None, :3])))
     assert store.trace is None and capsys.readouterr().err.count("warning: the trace") == 1
@@ -439,7 +448,8 @@ def test_trace_holds_every_choice(folder_of, tmp_path):
     """The trace is what the simulator of the benchmark replays."""
     import json
 
-    model, _, store, *_ = load_with(folder_of("q4"), E)
+    loaded = load_with(folder_of("q4"), E)
+    model, store = loaded.model, loaded.store
     store.trace_to(tmp_path / "trace")
     mx.eval(model(mx.array(PROMPT[None, :7])))
     store.close()

@@ -31,6 +31,7 @@ import numpy as np
 
 from mlx_dsv3.checkpoint.headers import TensorInfo
 from mlx_dsv3.config import ModelArgs
+from mlx_dsv3.device import is_gpu
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.experts.files import (
     FLOAT_BYTES,
@@ -237,7 +238,7 @@ class Bank:
     @property
     def min_sorted_rows(self) -> int:
         """Rows below which Metal would leave the tiled kernel; CPU rows are computed alone."""
-        return 4 * self.capacity if mx.default_device() == mx.Device(mx.gpu) else 0
+        return 4 * self.capacity if is_gpu() else 0
 
     @property
     def dearest(self) -> Quantization | None:

@@ -18,6 +18,8 @@ import mlx.nn as nn
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
+from mlx_dsv3.device import is_gpu
+
 PARTS = ("weight", "scales", "biases")
 MIN_TOKENS = 6  # of a call that may leave MLX: one more than a verification of drafts has
 WAIT_ROWS = 3  # that the wait for arrays, on their way to NumPy and back, costs a call (8 tokens)
@@ -39,7 +41,7 @@ BLOCK_BYTES = 32 << 20  # of unpacked weights at a time
 
 def on_cpu(x: mx.array) -> bool:
     """Say whether MLX would compute with x on a CPU, in float32."""
-    return x.dtype == mx.float32 and mx.default_device() == mx.Device(mx.cpu)
+    return x.dtype == mx.float32 and not is_gpu()
 
 
 def fewest_rows(packing) -> int:

@@ -62,7 +62,8 @@ def replay(args: argparse.Namespace) -> int:
     name = args.bounds or recipe_of(conversion, args.folder.config)
     if args.plot:
         check_plot(Path(args.plot))
-    model, mtp, store, *_ = load_with_flags(args)
+    loaded = load_with_flags(args)
+    model, mtp, store = loaded.model, loaded.mtp, loaded.store
     try:
         dtype = dtype_name(model)
         result = Replay(model, mtp, golden, args.teacher_forced).run()
@@ -272,7 +273,8 @@ def perplexity(args: argparse.Namespace) -> int:
             "copy config.json from the model's page on the hub",
         )
     tokenizer = load_checked_tokenizer(folder.path, folder.args, config, False)
-    model, _, store, *_ = load_with_flags(args)
+    loaded = load_with_flags(args)
+    model, store = loaded.model, loaded.store
     text = file.read_text(encoding="utf-8")
     try:
         ids = tokenizer.encode(text, add_special_tokens=False)
@@ -327,22 +329,22 @@ def windows_loss(model, ids: list[int], bos: int | None, context: int) -> float:
 
 def capacities(args: argparse.Namespace) -> int:
     """Compare logits at several expert capacities bit by bit; return 1 where any differs."""
-    model, mtp, store, model_args, _ = load_with_flags(
-        args, experts="resident", expert_memory_gb=None
-    )
+    loaded = load_with_flags(args, experts="resident", expert_memory_gb=None)
+    model, mtp, store, model_args = loaded.model, loaded.mtp, loaded.store, loaded.args
     ids = mx.array([[(7 * i + 3) % model_args.vocab_size for i in range(args.tokens)]])
     expected = logits_of(model, mtp, ids)
     store.close()
-    del model, mtp
+    del loaded, model, mtp
     plan = plan_memory(args.folder, dtype=expected["prefill"].dtype, experts="resident")
     slot_gb = sum(plan.slot_bytes.values()) / 1e9  # of one slot in every layer
     status, counts = 0, args.slots or default_slots(model_args)
     for slots in counts:
         budget = slot_gb * slots * (1 + 1e-9)
-        model, mtp, store, *_ = load_with_flags(args, experts="streamed", expert_memory_gb=budget)
+        loaded = load_with_flags(args, experts="streamed", expert_memory_gb=budget)
+        model, mtp, store = loaded.model, loaded.mtp, loaded.store
         found = logits_of(model, mtp, ids)
         store.close()
-        del model, mtp
+        del loaded, model, mtp
         different = [name for name in expected if not same_bits(found[name], expected[name])]
         status |= bool(different)
         verdict = f"{', '.join(different)} differ" if different else "equal, bit for bit"

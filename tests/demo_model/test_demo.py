@@ -87,7 +87,8 @@ def test_loads_strictly_in_mlx_lm_with_the_same_logits(demo_q4, loaded, ask):
 
 def test_a_folder_from_mlx_lm_loads_in_ours(mlx_lm_folder, loaded, ask):
     """Its experts are stacked and it has no MTP module; the logits are those of our folder."""
-    model, mtp, *_ = load_model(mlx_lm_folder)
+    loaded = load_model(mlx_lm_folder)
+    model, mtp = loaded.model, loaded.mtp
     ids = mx.array([ask("How many legs does a spider have?")])
     assert mtp is None
     assert mx.array_equal(model(ids), loaded.model(ids))

@@ -15,7 +15,8 @@ def logits_of(folder, capacity: int, ids: list[int], decoded: int) -> np.ndarray
     """Return the logits of a prefill and of tokens one by one."""
     plan = plan_memory(folder, dtype=mx.float32)
     plan = dataclasses.replace(plan, slots=dict.fromkeys(plan.slots, capacity))
-    model, _, store, *_ = load_model(folder, dtype=mx.float32, plan=plan)
+    loaded = load_model(folder, dtype=mx.float32, plan=plan)
+    model, store = loaded.model, loaded.store
     cache = model.make_cache()
     out = [model(mx.array([ids]), cache)[0]]
     for i in range(decoded):
