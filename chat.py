@@ -276,7 +276,7 @@ class Chat:
                     self.conversation.prompt_ids(),
                     max_tokens=self.options.max_tokens,
                     sampler=self.sampler,
-                    drafts=self.control,
+                    control=self.control,
                     state=self.state,
                 )
                 for piece in pieces:

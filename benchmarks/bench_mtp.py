@@ -49,7 +49,7 @@ def start(subject: Subject, ids: list[int], drafts=1, sampler=None) -> Stepper:
     """Prefill a prompt; return what decodes on from there."""
     cache = None if drafts == 0 else subject.mtp.make_cache()
     state = State(subject.model.make_cache(), cache)
-    prefill(subject, state, ids)
+    prefill(subject.model, subject.mtp, state, ids, subject.chunk)
     return Stepper(subject.model, subject.mtp, state, sampler or Sampler(), subject.mask)
 
 
@@ -57,7 +57,7 @@ def reply(subject: Subject, ids: list[int], tokens: int, control: DraftControl) 
     """Decode one reply; return its tokens, seconds, draft statistics, and expert counters."""
     stepper, stats = start(subject, ids, control.fixed), DraftStats()
     before, begin = subject.store.counters, time.perf_counter()
-    text = list(decode(stepper, ids[-1], tokens, control, set(), stats))
+    text = list(decode(stepper, ids[-1], tokens, control, stats))
     return text, time.perf_counter() - begin, stats, subject.store.counters - before
 
 
@@ -170,7 +170,6 @@ def acceptance_rates(subject: Subject, tokens: int, temp: float) -> tuple[float,
                 ids[-1],
                 tokens,
                 DraftControl(fixed=0),
-                set(),
                 DraftStats(),
             )
         )

@@ -16,7 +16,6 @@ from convert.__main__ import main as convert
 from mlx_dsv3.conversation.messages import Conversation
 from mlx_dsv3.experts.store import ExpertStore
 from mlx_dsv3.load import load, load_model, plan_memory
-from mlx_dsv3.memory import MemoryPlan
 from mlx_dsv3.model.decoder import Model
 from mlx_dsv3.model.mtp import MTP
 
@@ -47,7 +46,7 @@ class Subject:
     mtp: MTP
     store: ExpertStore
     prompts: list[list[int]]
-    plan: MemoryPlan
+    chunk: int  # tokens of a prompt that are fed at once
     mask: mx.array | None = None
 
 
@@ -69,8 +68,8 @@ def demo(work: Path, recipe: str, num_prompts: int, slots: int | None = None) ->
         conversation = Conversation(loaded.tokenizer)
         conversation.add_user(text)
         prompts.append(conversation.prompt_ids())
-    mask = loaded.vocabulary_mask
-    return Subject(name, loaded.model, loaded.mtp, loaded.store, prompts, loaded.plan, mask)
+    chunk, mask = loaded.plan.prefill_chunk, loaded.vocabulary_mask
+    return Subject(name, loaded.model, loaded.mtp, loaded.store, prompts, chunk, mask)
 
 
 def mid(work: Path, recipe: str, num_prompts: int) -> Subject:
@@ -82,7 +81,7 @@ def mid(work: Path, recipe: str, num_prompts: int) -> Subject:
     mx.random.seed(0)
     agree(model, mtp)
     ids = mx.random.randint(2, args.vocab_size, (num_prompts, 32)).tolist()
-    return Subject(f"mid-size, {recipe}", model, mtp, store, ids, plan)
+    return Subject(f"mid-size, {recipe}", model, mtp, store, ids, plan.prefill_chunk)
 
 
 def agree(model: Model, mtp: MTP) -> None:

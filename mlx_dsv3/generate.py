@@ -1,41 +1,45 @@
-"""Token ids -> a stream of text, with stop rules and statistics.
+"""Token ids -> a stream of text: the prompt is fed (`prefill`), then tokens are chosen one by one.
 
-`State` keeps the latent caches together with the ids they stand for; it is exact after every way a
-stream can end, so the next turn computes only what it does not share. How tokens are decoded,
-with drafts or without, is `speculative.py`'s.
+Here a reply ends, at an end token or at its limit, and is measured. A `State` (`decoding/state.py`)
+keeps the caches with the ids they stand for and is exact after every way a stream can end, so the
+next turn computes only what it does not share. How tokens are chosen, with drafts or without, is
+in `decoding/steps.py`.
 """
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_dsv3.decoding.draft_control import MAX_DRAFTS, DraftControl
+from mlx_dsv3.decoding.draft_control import DraftControl, fixed_drafts
 from mlx_dsv3.decoding.sampler import Sampler
 from mlx_dsv3.decoding.state import State, common_prefix_length
 from mlx_dsv3.decoding.steps import DraftStats, Stepper, catch_up, decode
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.experts.store import Counters
 from mlx_dsv3.load import Loaded
+from mlx_dsv3.model.decoder import Model
+from mlx_dsv3.model.mtp import MTP
 
 
-@dataclass
+@dataclass(frozen=True)
 class Stats:
-    """Counts and seconds of one reply; `peak_bytes` is MLX's peak since the process began.
+    """Counts and seconds of a reply up to a token; `peak_bytes` is MLX's since the process began.
 
     `prompt_s` ends where decoding begins, with the prompt's last token, which is a reply's first
     input. So both rates are of what was computed in their time, however many tokens came at once.
     """
 
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    prompt_s: float = 0.0
-    reply_tokens: int = 0
-    reply_s: float = 0.0
-    peak_bytes: int = 0
-    drafts: DraftStats = field(default_factory=DraftStats)
-    experts: Counters | None = None
+    prompt_tokens: int
+    reused_tokens: int
+    prompt_s: float
+    reply_tokens: int
+    reply_s: float
+    peak_bytes: int
+    drafts: DraftStats
+    experts: Counters | None  # of streamed layers; None where none streams
 
     @property
     def prompt_tps(self) -> float:
@@ -48,7 +52,7 @@ class Stats:
         return self.reply_tokens / max(self.reply_s, 1e-9)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Piece:
     """One token of a reply; `finish_reason` is None until the last: `stop` or `length`."""
 
@@ -65,23 +69,16 @@ def make_state(loaded: Loaded, with_drafts: bool = True) -> State:
 
 
 def make_control(loaded: Loaded, drafts: str | int) -> DraftControl:
-    """Return the control for `--drafts`: `auto` or a fixed number of drafts, 0 to 4."""
-    if drafts == "auto":
-        return DraftControl(fixed=None if loaded.mtp is not None else 0)
-    if not str(drafts).isdecimal() or int(drafts) > MAX_DRAFTS:
-        raise UserError(f"`--drafts` is `{drafts}`", f"choose auto or 0 to {MAX_DRAFTS}")
-    if int(drafts) and loaded.mtp is None:
-        raise UserError(
-            f"`--drafts {drafts}` needs the MTP module and the folder has no `mtp.safetensors`",
-            "`python -m convert mtp SOURCE FOLDER` adds it from the original checkpoint",
-        )
-    return DraftControl(fixed=int(drafts))
+    """Return the control for `auto` or a fixed number of drafts; without the module, for none."""
+    has_mtp = loaded.mtp is not None
+    fixed = fixed_drafts(drafts, has_mtp)
+    return DraftControl(fixed if has_mtp else 0)
 
 
 def check_state(loaded: Loaded, state: State, control: DraftControl) -> None:
     """Drop the MTP cache of a state for a model without the module; refuse drafts without one."""
     if loaded.mtp is None:
-        make_control(loaded, control.fixed or 0)
+        fixed_drafts(control.fixed or 0, has_mtp=False)
         state.drop_mtp()
     elif control.fixed and state.mtp_cache is None:
         raise UserError(
@@ -118,17 +115,17 @@ def check_ids(loaded: Loaded, ids: list[int]) -> None:
         )
 
 
-def prefill(loaded: Loaded, state: State, ids: list[int]) -> int:
-    """Feed all but the last of `ids`, keeping what the state shares with them; return how many."""
+def prefill(model: Model, mtp: MTP | None, state: State, ids: list[int], chunk: int) -> int:
+    """Feed all but the last of `ids`, `chunk` at once; return how many the state held already."""
     state.rewind(min(common_prefix_length(state.ids, ids), len(ids) - 1))
     reused = len(state.ids)
-    while len(ids) - 1 > len(state.ids):
-        chunk = ids[len(state.ids) : len(ids) - 1][: loaded.plan.prefill_chunk]
-        g = loaded.model.hidden(mx.array([chunk]), state.cache)
+    for begin in range(reused, len(ids) - 1, chunk):
+        fed = ids[begin : min(begin + chunk, len(ids) - 1)]
+        g = model.hidden(mx.array([fed]), state.cache)
         mx.eval(g, [layer.state for layer in state.cache])
-        state.commit(chunk, g)
+        state.commit(fed, g)
         if state.mtp_cache is not None:
-            catch_up(loaded.mtp, state)
+            catch_up(mtp, state)
             mx.eval(state.mtp_cache.state, state.pending)
         mx.clear_cache()
     return reused
@@ -140,13 +137,15 @@ def stream(
     *,
     max_tokens: int | None = None,
     sampler: Sampler | None = None,
-    drafts: str | int | DraftControl = "auto",
+    drafts: str | int = "auto",
+    control: DraftControl | None = None,
     state: State | None = None,
 ) -> Iterator[Piece]:
     """Yield the reply to the prompt `ids`, token by token.
 
-    `drafts` is `auto`, a number of drafts for every step, or a `DraftControl` that outlives the
-    reply. `state` carries the caches from reply to reply: what it holds is not computed again.
+    `drafts` is `auto` or a number of drafts for every step. What is learnt from reply to reply is
+    kept by who keeps it: a `control` from `make_control`, in place of `drafts`, what drafting
+    costs; a `state` from `make_state` the caches, so that what it holds is not computed again.
     Ends with finish_reason `stop` at an end token (whose text is empty) or `length` at
     `max_tokens` or the end of the context. Raises `UserError` for ids that cannot be run, and for
     a fixed number of drafts with a state that was made without them.
@@ -154,32 +153,37 @@ def stream(
     check_ids(loaded, ids)
     if max_tokens is not None and max_tokens < 1:
         raise UserError(f"`max_tokens` is `{max_tokens}`", "it takes a whole number from 1")
-    control = drafts if isinstance(drafts, DraftControl) else make_control(loaded, drafts)
+    control = control or make_control(loaded, drafts)
     state = state or make_state(loaded, control.fixed != 0)
     check_state(loaded, state, control)
     room = context_limit(loaded) - len(ids)
     limit = room if max_tokens is None else min(max_tokens, room)
-    stats = Stats(prompt_tokens=len(ids))
+    store, mask, drafted = loaded.store, loaded.vocabulary_mask, DraftStats()
     detokenizer, ends = loaded.tokenizer.detokenizer, set(loaded.tokenizer.eos_token_ids)
-    before = loaded.store.counters
-    start = time.perf_counter()
+    before, start = store.counters, time.perf_counter()
     try:
-        stats.reused_tokens = prefill(loaded, state, ids)
-        mask = loaded.vocabulary_mask
+        reused = prefill(loaded.model, loaded.mtp, state, ids, loaded.plan.prefill_chunk)
         stepper = Stepper(loaded.model, loaded.mtp, state, sampler or Sampler(), mask)
         begun = time.perf_counter()
-        stats.prompt_s = begun - start
-        for token in decode(stepper, ids[-1], limit, control, ends, stats.drafts):
-            stats.reply_tokens += 1
-            stats.reply_s = time.perf_counter() - begun
-            stats.peak_bytes = mx.get_peak_memory()
-            stats.experts = loaded.store.counters - before if loaded.store.is_streamed else None
-            if token not in ends:
-                detokenizer.add_token(token)
-            is_last = token in ends or stats.reply_tokens == limit
-            if is_last:
-                detokenizer.finalize()
-            reason = "stop" if token in ends else "length" if is_last else None
-            yield Piece(token, detokenizer.last_segment, reason, stats)
+        with closing(decode(stepper, ids[-1], limit, control, drafted)) as tokens:
+            for count, token in enumerate(tokens, 1):
+                reason = "stop" if token in ends else "length" if count == limit else None
+                if reason != "stop":
+                    detokenizer.add_token(token)
+                if reason is not None:
+                    detokenizer.finalize()
+                stats = Stats(
+                    prompt_tokens=len(ids),
+                    reused_tokens=reused,
+                    prompt_s=begun - start,
+                    reply_tokens=count,
+                    reply_s=time.perf_counter() - begun,
+                    peak_bytes=mx.get_peak_memory(),
+                    drafts=drafted.copy(),
+                    experts=store.counters - before if store.is_streamed else None,
+                )
+                yield Piece(token, detokenizer.last_segment, reason, stats)
+                if reason is not None:
+                    return
     finally:
         state.align()

@@ -62,12 +62,12 @@ class Drafted:
         catch_up(self.mtp, state)
 
     def run(
-        self, state: State, last: int, count: int, drafts: int | DraftControl, sampler=None, ends=()
+        self, state: State, last: int, count: int, drafts: int | DraftControl, sampler=None
     ) -> Iterator[int]:
         """Yield tokens after `last`, with a fixed number of drafts or a control."""
         control = drafts if isinstance(drafts, DraftControl) else DraftControl(fixed=drafts)
         self.stats = DraftStats()
-        return decode(self.stepper(state, sampler), last, count, control, set(ends), self.stats)
+        return decode(self.stepper(state, sampler), last, count, control, self.stats)
 
     def tokens(
         self, prompt: list[int], count: int, drafts: int | DraftControl, sampler=None

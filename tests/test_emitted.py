@@ -65,9 +65,7 @@ def joint_counts(models, options: dict, drafts: int, seeds: int) -> tuple[np.nda
         state = State([], LatentCache())
         state.commit([FIRST], g)
         stepper = Stepper(model, table, state, Sampler(seed=seed, **options))
-        first, second, *_ = decode(
-            stepper, LAST, drafts + 1, DraftControl(fixed=drafts), set(), stats
-        )
+        first, second, *_ = decode(stepper, LAST, drafts + 1, DraftControl(fixed=drafts), stats)
         counts[first, second] += 1
     return counts, stats.acceptance
 

@@ -19,6 +19,8 @@ import math
 from collections import deque
 from statistics import median_low
 
+from mlx_dsv3.errors import UserError
+
 MAX_DRAFTS = 4
 FIRST_STEPS = 2  # with one draft, before anything is known
 FIRST_PLAIN = 6  # plain steps after them
@@ -38,6 +40,20 @@ FORGET = 0.96  # weight of an outcome after each later one: about the last 25 co
 EXPECTED = 0.8  # acceptance before any was seen; weighs as one outcome
 LEAST_COST = 0.05  # of a draft, in plain steps
 WIN = 0.98  # drafts must be 2 % cheaper than none, and another number than the current one
+
+
+def fixed_drafts(drafts: str | int, has_mtp: bool = True) -> int | None:
+    """Return the number of drafts that `--drafts` fixes, None for `auto`; refuse any other."""
+    if str(drafts) not in ("auto", *map(str, range(MAX_DRAFTS + 1))):
+        raise UserError(f"`--drafts` is `{drafts}`", f"choose auto or 0 to {MAX_DRAFTS}")
+    if str(drafts) == "auto":
+        return None
+    if int(drafts) and not has_mtp:
+        raise UserError(
+            f"`--drafts {drafts}` needs the MTP module and the folder has no `mtp.safetensors`",
+            "`python -m convert mtp SOURCE FOLDER` adds it from the original checkpoint",
+        )
+    return int(drafts)
 
 
 class DraftControl:

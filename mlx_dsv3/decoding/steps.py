@@ -15,13 +15,13 @@ Host synchronisations: one for each step with drafts, whatever k, to read drafts
 together; one for each plain step, to read a token while the next step already runs. With streamed
 experts every layer adds its own (`moe.py`).
 
-Yields token ids; text, stop rules and budgets are the caller's, except that the caller says how
-many tokens are still wanted and which ids end the reply.
+Yields token ids. Text and the end of a reply are the caller's: it says how many tokens it wants at
+most, and leaves where it has enough.
 """
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 
@@ -40,7 +40,7 @@ class DraftStats:
     """What the control chose and what came of it, in one reply.
 
     `steps` counts main forwards by the number of drafts made; `lengths` those with drafts by the
-    number accepted; `unseen` counts the tokens that steps chose beyond the end of the reply. The
+    number accepted; `unseen` counts the tokens that were chosen and not yielded, yet or ever. The
     `warm` ones leave out the first step of each kind, which compiles kernels. `plain_step_s` is the
     control's own measurement, None until it has one.
     """
@@ -54,6 +54,10 @@ class DraftStats:
     warm_tokens: int = 0
     warm_s: float = 0.0
     plain_step_s: float | None = None
+
+    def copy(self) -> "DraftStats":
+        lists = ("steps", "drafted", "accepted", "lengths")
+        return replace(self, **{name: list(getattr(self, name)) for name in lists})
 
     def observe(self, drafts: int, accepted: int, seconds: float, is_warm: bool) -> None:
         self.steps[drafts] += 1
@@ -213,13 +217,11 @@ def decode(
     last: int,
     limit: int,
     control: DraftControl,
-    ends: set[int],
     stats: DraftStats,
 ) -> Iterator[int]:
     """Yield up to `limit` tokens after `last`, with as many drafts a step as the control says.
 
-    Stops after an id of `ends`, also inside accepted drafts. Wherever it is left, what was not
-    yielded is not in the state.
+    Wherever it is left, also inside accepted drafts, what was not yielded is not in the state.
     """
     state = stepper.state
 
@@ -240,21 +242,16 @@ def decode(
                 record(0, 0)
                 limit, last = limit - 1, token
                 yield token
-                if token in ends:
-                    return
                 start = time.perf_counter()
             continue
         fed = len(state.ids) + 1
         tokens, accepted = stepper.speculate(last, drafts)
         record(drafts, accepted)
-        shown = 0
+        shown, stats.unseen = 0, stats.unseen + len(tokens)
         try:
             for token in tokens:
-                limit, last, shown = limit - 1, token, shown + 1
+                limit, last, shown, stats.unseen = limit - 1, token, shown + 1, stats.unseen - 1
                 yield token
-                if token in ends:
-                    return
         finally:
-            stats.unseen += accepted + 1 - shown
             if shown < accepted:
                 state.rewind(fed + shown)

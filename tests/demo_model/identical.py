@@ -58,9 +58,9 @@ def text_of(
     """Return the tokens of a reply that no end token ends, and its draft statistics."""
     control = drafts if isinstance(drafts, DraftControl) else DraftControl(fixed=drafts)
     state, stats = make_state(loaded, control.fixed != 0), DraftStats()
-    prefill(loaded, state, ids)
+    prefill(loaded.model, loaded.mtp, state, ids, loaded.plan.prefill_chunk)
     stepper = Stepper(loaded.model, loaded.mtp, state, sampler, loaded.vocabulary_mask)
-    return list(decode(stepper, ids[-1], tokens, control, set(), stats)), stats
+    return list(decode(stepper, ids[-1], tokens, control, stats)), stats
 
 
 def margin(loaded: Loaded, ids: list[int], sampler: Sampler) -> float:

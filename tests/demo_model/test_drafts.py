@@ -178,7 +178,7 @@ def test_statistics_of_a_reply(loaded, ask):
     """Acceptance by position, tokens a step, and speed against the control's own plain steps."""
     control, tokens = DraftControl(), 0
     for _ in range(4):
-        *_, last = stream(loaded, ask(QUESTION), drafts=control)
+        *_, last = stream(loaded, ask(QUESTION), control=control)
         drafts = last.stats.drafts
         assert drafts.tokens == last.stats.reply_tokens
         assert drafts.tokens + drafts.unseen == sum(drafts.steps) + sum(drafts.accepted)
@@ -195,7 +195,7 @@ def test_no_ratio_from_a_short_reply(loaded, ask):
     control = DraftControl()
     for question in (QUESTION, "Hello! How are you? Tell me a long story about the sea, please."):
         for _ in range(3):
-            *_, last = stream(loaded, ask(question), drafts=control)
+            *_, last = stream(loaded, ask(question), control=control)
             drafts = last.stats.drafts
             is_long = drafts.warm_tokens - drafts.unseen >= LEAST_TOKENS
             assert (drafts.speed_up is not None) == bool(is_long and drafts.draft_steps)

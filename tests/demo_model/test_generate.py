@@ -116,3 +116,13 @@ def test_a_conversation_ends_where_memory_was_planned_to(loaded, ask, monkeypatc
     with pytest.raises(UserError, match="memory is planned for") as error:
         next(stream(loaded, ids))
     assert "--context" in error.value.hint
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_a_kept_piece_keeps_its_numbers(loaded, ask, drafts):
+    """All pieces shared one `Stats`: whoever kept ten of them saw the last numbers ten times."""
+    pieces = list(stream(loaded, ask(QUESTION), drafts=drafts))
+    for count, piece in enumerate(pieces, 1):
+        assert piece.stats.reply_tokens == piece.stats.drafts.tokens == count
+    seconds = [piece.stats.reply_s for piece in pieces]
+    assert seconds == sorted(seconds) and seconds[0] < seconds[-1]
