@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from convert.inventory import HubTensor, main_tensors
-from convert.source import DTYPE_BYTES
+from mlx_dsv3.checkpoint.headers import DTYPE_BYTES
 from mlx_dsv3.config import ModelArgs
 
 ROOT = Path(__file__).parent.parent

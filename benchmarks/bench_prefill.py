@@ -30,7 +30,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model as load_in_mlx_lm
 from synthetic import BASE, write_folder
 
-from convert.recipe import Quantization
+from mlx_dsv3.checkpoint.format import Quantization
 from mlx_dsv3.load import load_model
 from mlx_dsv3.model import linear
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from convert.inventory import layer_experts, main_tensors, mtp_tensors
-from convert.plan import MTP_FILE, Part, build, quantization_config
+from convert.plan import Part, build, quantization_config
 from convert.recipe import RECIPES
 from convert.source import Source
+from mlx_dsv3.checkpoint.format import SIDECAR
 from mlx_dsv3.config import ModelArgs
 
 CHUNK = 32 << 20
@@ -100,10 +101,10 @@ def write_folder(
         with open(folder / name, "wb") as out:
             out.write(file.header)
             for part in file.parts:
-                part_bits = 8 if name == MTP_FILE and plan.recipe.default else bits
+                part_bits = 8 if name == SIDECAR and plan.recipe.default else bits
                 for piece in part_bytes(part, part_bits, rng):
                     out.write(piece)
-        if name != MTP_FILE:
+        if name != SIDECAR:
             weight_map |= {part.name: name for part in file.parts}
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -7,7 +7,6 @@ Parses, calls, prints. `UserError` ends with status 2, a failed verification wit
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from mlx_dsv3.errors import Parser, UserError, imports, run_main
@@ -22,7 +21,7 @@ with imports(__name__):
     from convert.report import plan_record, print_errors, print_plan
     from convert.run import run
     from convert.shards import DEFAULT_JOBS, Shards, disk_peak
-    from convert.sidecar import mtp_prefix_of, plan_sidecar, write_config
+    from convert.sidecar import plan_sidecar, write_config
     from convert.source import Source, open_folder
     from mlx_dsv3.checkpoint.hub import Repo, is_repo_id
 
@@ -66,25 +65,20 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
-def open_source(
-    args: argparse.Namespace, prefix: Callable[[dict], str] = lambda _: ""
-) -> tuple[Source, Repo | None]:
-    """Open SOURCE: a folder, or a repository by its headers alone.
-
-    `prefix` names, for a config.json, the tensors that matter; other shards are left alone.
-    """
+def open_source(args: argparse.Namespace, only_mtp: bool = False) -> tuple[Source, Repo | None]:
+    """Open SOURCE, or the MTP layer's shards of it: a folder, or a repository by its headers."""
     if Path(args.source).exists() or not is_repo_id(args.source):
         if args.revision or getattr(args, "discard_source", False):
             raise UserError(
                 "`--revision` and `--discard-source` are for repositories on the hub",
                 "a folder's files are never deleted; leave the flag away",
             )
-        return open_folder(Path(args.source), prefix), None
+        return open_folder(Path(args.source), only_mtp), None
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()  # the converter shows its own
     repo = Repo(args.source, args.revision)
-    return open_repo(repo, prefix), repo
+    return open_repo(repo, only_mtp), repo
 
 
 def make_plan(args: argparse.Namespace) -> tuple[Plan, Repo | None]:
@@ -154,7 +148,7 @@ def mtp_command(args: argparse.Namespace) -> None:
     """Add the sidecar to a folder."""
     progress, destination = Progress(choose_style(args.json)), Destination(args.dest)
     keep_revision(args, destination, progress)
-    source, _ = open_source(args, mtp_prefix_of)
+    source, _ = open_source(args, only_mtp=True)
     plan = plan_sidecar(source, args.dest)
     destination.check_space(plan.nbytes)
     run(plan, destination, args.jobs, progress, write_config)
@@ -170,7 +164,7 @@ def verify_command(args: argparse.Namespace) -> int:
     if not findings:  # damaged headers would only be reported twice
         findings += verify.check_values(args.dest, args.jobs)
     if args.source and not findings:
-        source, _ = open_source(args, mtp_prefix_of if record["layout"] == "mtp" else lambda _: "")
+        source, _ = open_source(args, only_mtp=record["layout"] == "mtp")
         plan = verify.plan_again(record, source)
         again = [*verify.check_against_source(args.dest, record, plan, args.full)]
         findings, num_derived = [text for _, text in again if text], len(again)

@@ -15,14 +15,13 @@ from convert.identity import Identity, changed_shards
 from convert.journal import Journal
 from convert.progress import size
 from convert.writer import sync_folder
+from mlx_dsv3.checkpoint.format import MANIFEST, PARTIAL
 from mlx_dsv3.config import read_json
 from mlx_dsv3.errors import UserError
 
-PARTIAL = ".partial"
 JOURNAL = "journal"
 LOCK = "lock"
 SHARDS = "source"
-RECORD_FILE = "conversion.json"
 
 
 class Destination:
@@ -45,11 +44,11 @@ class Destination:
         if not self.folder.exists():
             return False
         if not self.folder.is_dir():
-            raise UserError(f"`{self.folder}` is no folder", "choose another destination")
+            raise UserError(f"`{self.folder}` is not a folder", "choose another destination")
         names = {path.name for path in self.folder.iterdir()}
         if PARTIAL in names and (self.partial / JOURNAL).exists():
             return False
-        if {RECORD_FILE, "config.json"} <= names:
+        if {MANIFEST, "config.json"} <= names:
             return self._is_ours(digest, identity, names)
         if names - {PARTIAL}:
             raise UserError(
@@ -59,7 +58,7 @@ class Destination:
         return False
 
     def _is_ours(self, digest: str, identity: Identity, names: set[str]) -> bool:
-        record = read_json(self.folder / RECORD_FILE)
+        record = read_json(self.folder / MANIFEST)
         recipe = (record.get("recipe") or {}).get("name")
         finished = f"`{self.folder}` holds a finished conversion (recipe `{recipe}`) "
         if record.get("plan") != digest:

@@ -1,37 +1,26 @@
 """A checkpoint on the hub: opened by its headers, shards fetched and checked against them."""
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from convert.manifest import COPIED
-from convert.source import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    Source,
-    Tensor,
-    check_index,
-    read_header,
-    read_index,
-    refuse_config,
-)
+from convert.source import Source, check_index, needed_shards, refuse_config
+from mlx_dsv3.checkpoint.format import INDEX
+from mlx_dsv3.checkpoint.headers import TensorInfo, read_raw_header
 from mlx_dsv3.checkpoint.hub import HEADER_REQUESTS, Repo
-from mlx_dsv3.config import read_config, read_json
+from mlx_dsv3.config import ModelArgs, read_config
 from mlx_dsv3.errors import UserError
 
 
-def open_repo(repo: Repo, prefix: Callable[[dict], str] = lambda _: "") -> Source:
+def open_repo(repo: Repo, only_mtp: bool = False) -> Source:
     """Open a checkpoint on the hub by its headers; no shard is downloaded.
 
-    `prefix` names, for a config.json, the tensors that matter; other shards are left alone.
+    With `only_mtp`, shards that hold nothing of the MTP layer are left alone.
     """
-    folder = repo.small_files(("config.json", INDEX_FILE, *COPIED))
+    folder = repo.small_files(("config.json", INDEX, *COPIED))
     config = read_config(folder)
     refuse_config(config)
-    if (folder / INDEX_FILE).is_file():
-        shards = read_index(read_json(folder / INDEX_FILE), INDEX_FILE, prefix(config))
-    else:
-        shards = {SINGLE_FILE: None}
+    shards = needed_shards(folder, ModelArgs.from_dict(config), only_mtp)
     missing = [shard for shard in shards if shard not in repo.sizes]
     if missing:
         raise UserError(
@@ -52,8 +41,7 @@ def open_repo(repo: Repo, prefix: Callable[[dict], str] = lambda _: "") -> Sourc
 def fetch_checked(repo: Repo, source: Source, shard: str, folder: Path | None) -> Path:
     """Fetch a shard and refuse it unless it has the header that was planned with."""
     path = repo.fetch(shard, folder)
-    raw, size = source.headers[shard]
-    if path.stat().st_size != size or read_header(path) != raw:
+    if read_raw_header(path) != source.headers[shard]:
         path.unlink()
         raise UserError(
             f"`{shard}` is not the file that was planned with",
@@ -62,8 +50,8 @@ def fetch_checked(repo: Repo, source: Source, shard: str, folder: Path | None) -
     return path
 
 
-def read_range(repo: Repo, tensor: Tensor) -> bytes:
-    return repo.read(tensor.shard, tensor.start, tensor.nbytes)
+def read_range(repo: Repo, tensor: TensorInfo) -> bytes:
+    return repo.read(tensor.shard, tensor.offset, tensor.nbytes)
 
 
 def missing_in_cache(repo: Repo, source: Source) -> int:

@@ -44,7 +44,7 @@ class Identity:
             if not LATER_EXPERT.search(name):
                 start, nbytes = tensor.nbytes // 2, min(SAMPLE_BYTES, tensor.nbytes // 2)
                 path = self.source.path_of(tensor.shard)
-                digest.update(name.encode() + read_bytes(path, tensor.start + start, nbytes))
+                digest.update(name.encode() + read_bytes(path, tensor.offset + start, nbytes))
         return digest.hexdigest()
 
     @cached_property

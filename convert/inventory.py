@@ -10,11 +10,17 @@ from itertools import chain
 from math import ceil
 from typing import NamedTuple
 
-from convert.source import SCALE_SUFFIX, Source
+from convert.source import Source
+from mlx_dsv3.checkpoint.format import (
+    PROJECTIONS,
+    SCALE_SUFFIX,
+    layer_prefix,
+    mtp_prefix,
+    record_prefix,
+)
 from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.errors import UserError
 
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 SCALE_DTYPES = ("F32", "BF16", "F8_E8M0")
 WEIGHT_DTYPES = ("F8_E4M3", "BF16", "F32")
 NEVER_QUANTIZED = ("norm", "router", "bias")
@@ -29,10 +35,6 @@ class HubTensor(NamedTuple):
     role: str
 
 
-def mtp_prefix(args: ModelArgs) -> str:
-    return f"model.layers.{args.num_hidden_layers}."
-
-
 def outer_tensors(args: ModelArgs) -> Iterator[HubTensor]:
     """Yield embedding, final norm and head."""
     yield HubTensor("model.embed_tokens.weight", (args.vocab_size, args.hidden_size), "embedding")
@@ -42,7 +44,7 @@ def outer_tensors(args: ModelArgs) -> Iterator[HubTensor]:
 
 def layer_tensors(args: ModelArgs, layer: int) -> Iterator[HubTensor]:
     """Yield a layer's tensors except its routed experts."""
-    prefix, width = f"model.layers.{layer}.", (args.hidden_size,)
+    prefix, width = layer_prefix(layer), (args.hidden_size,)
     yield HubTensor(prefix + "input_layernorm.weight", width, "norm")
     yield from attention_tensors(args, prefix + "self_attn.")
     yield HubTensor(prefix + "post_attention_layernorm.weight", width, "norm")
@@ -85,7 +87,7 @@ def mlp_tensors(prefix: str, width: int, args: ModelArgs, role: str) -> Iterator
 
 def expert_tensors(args: ModelArgs, layer: int, expert: int) -> Iterator[HubTensor]:
     """Yield gate, up and down of one routed expert."""
-    prefix = f"model.layers.{layer}.mlp.experts.{expert}."
+    prefix = f"{record_prefix(layer)}{expert}."
     for tensor in mlp_tensors(prefix, args.moe_intermediate_size, args, ""):
         role = "experts_down" if "down_proj" in tensor.name else "experts_gate_up"
         yield tensor._replace(role="mtp" if layer == args.num_hidden_layers else role)

@@ -12,9 +12,9 @@ from pathlib import Path
 import mlx.core as mx
 
 from convert.journal import Done
-from convert.plan import FORMAT, MTP_FILE, Plan, quantization_config
-from convert.source import INDEX_FILE
+from convert.plan import Plan, quantization_config
 from convert.summary import role_record
+from mlx_dsv3.checkpoint.format import FORMAT, INDEX, SIDECAR
 
 # Code in the repository (tokenizers of Moonlight and Kimi) is copied and never run.
 COPIED = (
@@ -54,7 +54,7 @@ def output_config(plan: Plan) -> dict:
 
 def output_index(plan: Plan) -> dict:
     """Return the index of everything but the sidecar, which mlx-lm would refuse."""
-    files = [file for file in plan.files.values() if file.name != MTP_FILE]
+    files = [file for file in plan.files.values() if file.name != SIDECAR]
     total = sum(part.nbytes for file in files for part in file.parts)
     weight_map = {part.name: file.name for file in files for part in file.parts}
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -92,11 +92,11 @@ def copied_files(folder: Path) -> list[Path]:
 def write_small_files(plan: Plan, folder: Path) -> list[str]:
     """Write config.json and index, copy the rest, into `folder`; return their names."""
     write_json(folder / "config.json", output_config(plan))
-    write_json(folder / INDEX_FILE, output_index(plan))
+    write_json(folder / INDEX, output_index(plan))
     copies = copied_files(plan.source.folder)
     for path in copies:
         shutil.copyfile(path, folder / path.name)
-    return ["config.json", INDEX_FILE, *(path.name for path in copies)]
+    return ["config.json", INDEX, *(path.name for path in copies)]
 
 
 def write_json(path: Path, value: dict) -> None:

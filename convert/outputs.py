@@ -9,8 +9,8 @@ from functools import cached_property
 from math import prod
 from typing import NamedTuple
 
-from convert.recipe import Quantization
-from convert.source import DTYPE_BYTES
+from mlx_dsv3.checkpoint.format import Quantization
+from mlx_dsv3.checkpoint.headers import DTYPE_BYTES
 
 
 class Part(NamedTuple):

@@ -29,13 +29,19 @@ from convert.inventory import (
 )
 from convert.outputs import Module, OutputFile, Part, Target, Unit
 from convert.recipe import Recipe
-from convert.source import SCALE_SUFFIX, Source
+from convert.source import Source
+from mlx_dsv3.checkpoint.format import (
+    FORMAT,
+    SCALE_SUFFIX,
+    SIDECAR,
+    experts_file,
+    module_path,
+    trunk_file,
+)
 
-FORMAT = 1
 TRUNK_FILE_BYTES = 5 * 10**9
 BLOCK_ELEMENTS = 16 << 20  # 64 MB as float32: an expert's matrix of V3 passes in one piece
 RECORD_ALIGNMENT = 16 << 10  # a page of Apple Silicon: uncached reads are direct from there on
-MTP_FILE = "mtp.safetensors"
 
 
 @dataclass
@@ -113,13 +119,13 @@ class _Planner:
             trunk.extend(layer_tensors(args, layer))
         self.add_trunk([*trunk, norm, head])
         for layer in moe_layers(args):
-            file = self.open_file(f"model-experts-{layer:05d}.safetensors", RECORD_ALIGNMENT)
+            file = self.open_file(experts_file(layer), RECORD_ALIGNMENT)
             self.add_experts(file, layer, layout)
 
     def add_sidecar(self) -> None:
         """Add the MTP layer: experts first, so that their records are aligned."""
         args = self.source.args
-        file = self.open_file(MTP_FILE, RECORD_ALIGNMENT)
+        file = self.open_file(SIDECAR, RECORD_ALIGNMENT)
         self.add_experts(file, args.num_hidden_layers, "records")
         self.add_tensors(file, list(mtp_tensors(args)))
         for copy, original in mtp_duplicates(args).items():
@@ -142,8 +148,7 @@ class _Planner:
             groups[-1].append(tensor)
             room -= nbytes
         for i, group in enumerate(groups):
-            name = f"model-trunk-{i + 1:05d}-of-{len(groups):05d}.safetensors"
-            self.add_tensors(self.open_file(name), group)
+            self.add_tensors(self.open_file(trunk_file(i, len(groups))), group)
 
     def add_tensors(self, file: OutputFile, tensors: list[HubTensor]) -> None:
         for tensor in tensors:
@@ -191,14 +196,7 @@ class _Planner:
             chosen = self.recipe.quantization(role, shape[-1])
         if chosen is None:
             return Module(path, role, None, (Part(f"{path}.weight", self.recipe.dtype, shape),))
-        *rows, width = shape
-        groups = (*rows, width // chosen.group_size)
-        parts = [Part(f"{path}.weight", "U32", (*rows, width * chosen.bits // 32))]
-        if chosen.mode == "affine":
-            parts.append(Part(f"{path}.scales", "BF16", groups))
-            parts.append(Part(f"{path}.biases", "BF16", groups))
-        else:
-            parts.append(Part(f"{path}.scales", "U8", groups))
+        parts = (Part(f"{path}.{part}", *rest) for part, *rest in chosen.arrays(shape))
         return Module(path, role, chosen, tuple(parts))
 
     def ordered_units(self) -> list[Unit]:
@@ -208,7 +206,7 @@ class _Planner:
 
         def order(unit: Unit):
             shards = [rank[shard] for shard in shards_of(self.source, unit)]
-            start = self.source.tensors[unit.sources[0]].start + (unit.rows or (0,))[0]
+            start = self.source.tensors[unit.sources[0]].offset + (unit.rows or (0,))[0]
             return (unit.rule != "compare", max(shards), start)
 
         units.sort(key=order)
@@ -242,7 +240,7 @@ class _Planner:
 
 def _stacked(module: Module) -> Module:
     """Rename `mlp.experts.7.gate_proj` to `mlp.switch_mlp.gate_proj`, mlx-lm's module."""
-    path = config_path(module.path)
+    path = module_path(module.path)
     parts = tuple(
         part._replace(name=path + part.name.removeprefix(module.path)) for part in module.parts
     )
@@ -266,12 +264,6 @@ def _target(
     return Target(module.path, module.role, module.quantization, dtype, tuple(writes))
 
 
-def config_path(path: str) -> str:
-    """Return mlx-lm's module name: an expert's projection belongs to `switch_mlp`."""
-    prefix, middle, rest = path.partition(".mlp.experts.")
-    return f"{prefix}.mlp.switch_mlp.{rest.partition('.')[2]}" if middle else path
-
-
 def shards_of(source: Source, unit: Unit) -> set[str]:
     """Return the shards that hold a unit's weights and scales."""
     shards = set()
@@ -293,6 +285,6 @@ def quantization_config(plan: Plan) -> dict | None:
     config = dict(default.as_config())
     for unit in plan.units:
         for target in unit.targets:
-            if target.quantization and (unit.file == MTP_FILE or target.quantization != default):
-                config[config_path(target.path)] = target.quantization.as_config()
+            if target.quantization and (unit.file == SIDECAR or target.quantization != default):
+                config[module_path(target.path)] = target.quantization.as_config()
     return config

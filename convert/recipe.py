@@ -7,8 +7,8 @@ MTP module has 8 bits whatever the recipe, because drafts of a 4-bit one are har
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
+from mlx_dsv3.checkpoint.format import Quantization
 from mlx_dsv3.config import read_json
 from mlx_dsv3.errors import UserError
 
@@ -29,22 +29,6 @@ ALLOWED = {  # mode -> (group sizes, bits); the first of each is mlx-lm's defaul
     "nvfp4": ((16,), (4,)),
 }
 DEFAULT = "q4"
-
-
-class Quantization(NamedTuple):
-    """Bits per weight, weights per scale, and mode, as `mx.quantize` takes them."""
-
-    bits: int
-    group_size: int = 64
-    mode: str = "affine"
-
-    def fits(self, width: int) -> bool:
-        """Say whether rows of `width` can be quantised; mlx-lm leaves others alone."""
-        return width % self.group_size == 0
-
-    def as_config(self) -> dict:
-        """Return the entry of config.json."""
-        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from convert.destination import JOURNAL, LOCK, RECORD_FILE, Destination
+from convert.destination import JOURNAL, LOCK, Destination
 from convert.identity import changed_shards
 from convert.journal import Done
 from convert.manifest import (
@@ -34,6 +34,7 @@ from convert.shards import Shards
 from convert.source import stamp
 from convert.transform import Derived, Raw, derive, read_unit
 from convert.writer import Writer, flush_file, is_full_disk, sync_folder
+from mlx_dsv3.checkpoint.format import MANIFEST
 from mlx_dsv3.errors import UserError
 
 SYNC_BYTES = 1 << 30
@@ -238,8 +239,8 @@ class _Run:
             records = pool.map(file_record, [partial / name for name in names])
             files = dict(sorted(zip(names, records, strict=True)))
         record = conversion_record(self.plan, self.journal.done, files)
-        write_json(partial / RECORD_FILE, record)
-        for name in (*names, RECORD_FILE):
+        write_json(partial / MANIFEST, record)
+        for name in (*names, MANIFEST):
             flush_file(partial / name)
         sync_folder(partial)
 

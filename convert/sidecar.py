@@ -6,12 +6,13 @@ conversion, byte for byte; config.json gains its entries, and nothing else in th
 
 from pathlib import Path
 
-from convert.destination import JOURNAL, PARTIAL, RECORD_FILE
-from convert.inventory import holds_mtp, mtp_prefix
+from convert.destination import JOURNAL
+from convert.inventory import holds_mtp
 from convert.manifest import write_json
-from convert.plan import MTP_FILE, Plan, build, quantization_config
+from convert.plan import Plan, build, quantization_config
 from convert.recipe import RECIPES
 from convert.source import Source
+from mlx_dsv3.checkpoint.format import MANIFEST, PARTIAL, SIDECAR
 from mlx_dsv3.config import ModelArgs, read_config
 from mlx_dsv3.errors import UserError
 
@@ -25,11 +26,6 @@ SAME_MODEL = (
     "moe_intermediate_size",
     "n_routed_experts",
 )
-
-
-def mtp_prefix_of(config: dict) -> str:
-    """Return how the names of a checkpoint's MTP layer begin; only its shards are needed."""
-    return mtp_prefix(ModelArgs.from_dict(config))
 
 
 def plan_sidecar(source: Source, folder: Path) -> Plan:
@@ -49,9 +45,9 @@ def plan_sidecar(source: Source, folder: Path) -> Plan:
                 "give the checkpoint that the folder was converted from",
             )
     is_begun = (folder / PARTIAL / JOURNAL).exists()
-    if not is_begun and ((folder / MTP_FILE).exists() or (folder / RECORD_FILE).exists()):
+    if not is_begun and ((folder / SIDECAR).exists() or (folder / MANIFEST).exists()):
         raise UserError(
-            f"`{folder}` comes from this converter or has `{MTP_FILE}` already",
+            f"`{folder}` comes from this converter or has `{SIDECAR}` already",
             "`python -m convert run SOURCE DEST` converts with the MTP layer",
         )
     if "quantization" not in config and config.get("quantization_config"):

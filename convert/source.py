@@ -7,85 +7,21 @@ would count as resident memory, and 163 shards held open exceed the limit of a M
 """
 
 import hashlib
-import json
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
-from mlx_dsv3.checkpoint.headers import AGAIN, header_length
-from mlx_dsv3.config import ModelArgs, read_config, read_json
+from mlx_dsv3.checkpoint.format import INDEX, SCALE_SUFFIX, SINGLE, mtp_prefix
+from mlx_dsv3.checkpoint.headers import (
+    AGAIN,
+    TensorInfo,
+    join_headers,
+    parse_header,
+    read_index,
+    read_raw_header,
+)
+from mlx_dsv3.config import ModelArgs, read_config
 from mlx_dsv3.errors import UserError
-
-DTYPE_BYTES = {
-    "F8_E4M3": 1,
-    "F8_E8M0": 1,
-    "F8_E5M2": 1,
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "BF16": 2,
-    "F16": 2,
-    "I16": 2,
-    "U16": 2,
-    "F32": 4,
-    "I32": 4,
-    "U32": 4,
-    "F64": 8,
-    "I64": 8,
-    "U64": 8,
-}
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
-SCALE_SUFFIX = "_scale_inv"
-
-
-class Tensor(NamedTuple):
-    """A tensor in a shard; `start` counts from the beginning of the file."""
-
-    shard: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    nbytes: int
-
-
-def parse_header(raw: bytes, shard: str, file_bytes: int) -> dict[str, Tensor]:
-    """Return the tensors that a header (without its eight length bytes) announces.
-
-    Raises `UserError` unless the tensors fill the file exactly, without holes or overlaps.
-    """
-    try:
-        entries = json.loads(raw)
-        entries.pop("__metadata__", None)
-        tensors = {name: _entry(shard, 8 + len(raw), entry) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"the header of `{shard}` is damaged", AGAIN) from None
-    place = 8 + len(raw)
-    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].start):
-        if tensor.start != place or tensor.nbytes < 0:
-            raise UserError(f"`{name}` does not begin where the header of `{shard}` says", AGAIN)
-        if tensor.nbytes != math.prod(tensor.shape) * DTYPE_BYTES[tensor.dtype]:
-            raise UserError(f"the size of `{name}` in `{shard}` is not that of its shape", AGAIN)
-        place += tensor.nbytes
-    if place != file_bytes:
-        raise UserError(f"`{shard}` has {file_bytes:,} bytes; its header says {place:,}", AGAIN)
-    return tensors
-
-
-def _entry(shard: str, data_start: int, entry: dict) -> Tensor:
-    begin, end = entry["data_offsets"]
-    if entry["dtype"] not in DTYPE_BYTES:
-        raise UserError(f"`{shard}` holds the unknown dtype `{entry['dtype']}`", AGAIN)
-    return Tensor(shard, entry["dtype"], tuple(entry["shape"]), data_start + begin, end - begin)
-
-
-def read_header(path: Path) -> bytes:
-    """Return the header of a local file as it stands there, without the length bytes."""
-    with open(path, "rb", buffering=0) as file:
-        length = header_length(file.read(8), path.name, path.stat().st_size)
-        return file.read(length)
 
 
 def read_bytes(path: Path, start: int, nbytes: int) -> bytearray:
@@ -104,28 +40,6 @@ def read_bytes(path: Path, start: int, nbytes: int) -> bytearray:
     return buffer
 
 
-def read_index(index: dict, name: str, prefix: str = "") -> dict[str, list[str]]:
-    """Return shard -> tensor names from the dictionary of an index file.
-
-    With `prefix`, only the shards that hold tensors of such names are returned.
-    """
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"`{name}` has no `weight_map`", AGAIN)
-    shards = {}
-    for tensor, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise UserError(
-                f"`{name}` puts `{tensor}` into `{shard}`, which is no file name", AGAIN
-            )
-        shards.setdefault(shard, []).append(tensor)
-    return {
-        shard: names
-        for shard, names in sorted(shards.items())
-        if any(name.startswith(prefix) for name in names)
-    }
-
-
 class Source:
     """The tensors of a checkpoint by name, read when asked for."""
 
@@ -141,15 +55,12 @@ class Source:
         self.stamps: dict[str, list[int]] = {}  # shard -> size and mtime_ns, in a folder
         self.read_small: Callable[[str], bytes] = self.read  # also before a shard is here
         self.shard_bytes = {shard: size for shard, (_, size) in headers.items()}
-        self.tensors: dict[str, Tensor] = {}
+        self.tensors: dict[str, TensorInfo] = join_headers(
+            parse_header(folder / shard, *header) for shard, header in headers.items()
+        )
         digest = hashlib.sha256()
         for shard, (raw, size) in headers.items():
             digest.update(f"{shard} {size} ".encode() + raw)
-            for name, tensor in parse_header(raw, shard, size).items():
-                if name in self.tensors:
-                    first = self.tensors[name].shard
-                    raise UserError(f"`{name}` lies in `{first}` and in `{shard}`", AGAIN)
-                self.tensors[name] = tensor
         self.headers_sha256 = digest.hexdigest()
 
     @property
@@ -163,7 +74,7 @@ class Source:
     def read(self, name: str, rows: tuple[int, int] | None = None) -> bytearray:
         """Return a tensor's bytes, or those of rows [start, stop) of a matrix."""
         tensor = self.tensors[name]
-        start, nbytes = tensor.start, tensor.nbytes
+        start, nbytes = tensor.offset, tensor.nbytes
         if rows:
             row_bytes = nbytes // tensor.shape[0]
             start, nbytes = start + rows[0] * row_bytes, (rows[1] - rows[0]) * row_bytes
@@ -206,28 +117,36 @@ def refuse_config(config: dict) -> None:
     block_size(config)
 
 
-def open_folder(folder: Path, prefix: Callable[[dict], str] = lambda _: "") -> Source:
+def needed_shards(folder: Path, args: ModelArgs, only_mtp: bool) -> dict[str, list[str] | None]:
+    """Return shard -> names of its tensors, None without an index; perhaps of the MTP layer's."""
+    if not (folder / INDEX).is_file():
+        return {SINGLE: None}
+    prefix = mtp_prefix(args) if only_mtp else ""
+    return {
+        shard: names
+        for shard, names in read_index(folder).items()
+        if any(name.startswith(prefix) for name in names)
+    }
+
+
+def open_folder(folder: Path, only_mtp: bool = False) -> Source:
     """Open a local checkpoint; raise `UserError` for whatever is missing or damaged.
 
-    `prefix` names, for a config.json, the tensors that matter; other shards are left alone.
+    With `only_mtp`, shards that hold nothing of the MTP layer are left alone.
     """
     config = read_config(folder)
     refuse_config(config)
-    index_file = folder / INDEX_FILE
-    if index_file.is_file():
-        shards = read_index(read_json(index_file), INDEX_FILE, prefix(config))
-    elif (folder / SINGLE_FILE).is_file():
-        shards = {SINGLE_FILE: None}
-    else:
-        raise UserError(f"`{folder}` has no {INDEX_FILE} and no {SINGLE_FILE}", AGAIN)
+    shards = needed_shards(folder, ModelArgs.from_dict(config), only_mtp)
     missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing == [SINGLE] and not (folder / INDEX).exists():
+        raise UserError(f"`{folder}` has no {INDEX} and no {SINGLE}", AGAIN)
     if missing:
         raise UserError(
             f"`{missing[0]}` is missing in `{folder}` ({len(missing)} of {len(shards)} shards)",
             "fetch the missing shards; nothing is converted from an incomplete checkpoint",
         )
     stamps = {shard: stamp(folder / shard) for shard in shards}
-    headers = {shard: (read_header(folder / shard), stamps[shard][0]) for shard in shards}
+    headers = {shard: read_raw_header(folder / shard) for shard in shards}
     source = Source(folder, config, headers)
     source.stamps = stamps
     check_index(source, shards)
@@ -240,7 +159,7 @@ def check_index(source: Source, shards: dict[str, list[str] | None]) -> None:
         for name in names or ():
             if name not in source.tensors or source.tensors[name].shard != shard:
                 raise UserError(
-                    f"`{INDEX_FILE}` puts `{name}` into `{shard}`, which does not hold it",
+                    f"`{INDEX}` puts `{name}` into `{shard}`, which does not hold it",
                     "fetch the index and the shard again; they belong to different revisions",
                 )
     indexed = {name for names in shards.values() for name in names or ()}
@@ -248,6 +167,6 @@ def check_index(source: Source, shards: dict[str, list[str] | None]) -> None:
     if unindexed:
         where = source.tensors[unindexed[0]].shard
         raise UserError(
-            f"`{where}` holds `{unindexed[0]}`, which `{INDEX_FILE}` does not name",
+            f"`{where}` holds `{unindexed[0]}`, which `{INDEX}` does not name",
             "fetch the index again; it belongs to another revision",
         )

@@ -8,7 +8,7 @@ from math import prod, sqrt
 from convert.journal import Done
 from convert.outputs import Target, Unit
 from convert.plan import Plan
-from convert.source import SCALE_SUFFIX
+from mlx_dsv3.checkpoint.format import SCALE_SUFFIX
 
 
 @dataclass

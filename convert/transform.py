@@ -12,8 +12,8 @@ import numpy as np
 
 from convert.fp8 import decode_scales, dequantize_blocks
 from convert.outputs import Target, Unit
-from convert.recipe import Quantization
 from convert.source import Source
+from mlx_dsv3.checkpoint.format import Quantization
 from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.errors import UserError
 

@@ -13,21 +13,14 @@ from pathlib import Path
 import mlx.core as mx
 
 from convert import recipe as recipes
-from convert.destination import PARTIAL, RECORD_FILE
 from convert.manifest import device_kind, file_record, json_text, record_digest
 from convert.outputs import Target, Unit
-from convert.plan import MTP_FILE, Plan, build
-from convert.source import (
-    INDEX_FILE,
-    Source,
-    Tensor,
-    parse_header,
-    read_bytes,
-    read_header,
-    read_index,
-)
+from convert.plan import Plan, build
+from convert.source import Source, read_bytes
 from convert.transform import Derived, all_finite, derive, read_unit
 from convert.writer import read_ranges
+from mlx_dsv3.checkpoint.format import INDEX, MANIFEST, PARTIAL, SIDECAR, Quantization
+from mlx_dsv3.checkpoint.headers import TensorInfo, read_header, read_index
 from mlx_dsv3.config import read_json
 from mlx_dsv3.errors import UserError
 
@@ -38,23 +31,23 @@ SAMPLE_PER_ROLE = 4
 def open_record(folder: Path) -> dict:
     """Return conversion.json of a finished folder; raise `UserError` where there is none."""
     if not folder.is_dir():
-        raise UserError(f"`{folder}` is no folder", "give a folder that `convert run` wrote")
+        raise UserError(f"`{folder}` is not a folder", "give a folder that `convert run` wrote")
     if (folder / PARTIAL).exists():
         raise UserError(
             f"`{folder}` is still in conversion", "repeat the `convert run` that began it"
         )
-    if not (folder / RECORD_FILE).is_file():
+    if not (folder / MANIFEST).is_file():
         raise UserError(
-            f"`{folder}` has no {RECORD_FILE}", "only folders of `convert run` can be verified"
+            f"`{folder}` has no {MANIFEST}", "only folders of `convert run` can be verified"
         )
-    return read_json(folder / RECORD_FILE)
+    return read_json(folder / MANIFEST)
 
 
 def check_files(folder: Path, record: dict, jobs: int) -> Iterator[str]:
     """Yield a sentence for every file that is not what conversion.json says."""
-    text = (folder / RECORD_FILE).read_text(encoding="utf-8")
+    text = (folder / MANIFEST).read_text(encoding="utf-8")
     if record.get("digest") != record_digest(record) or text != json_text(record):
-        yield f"`{RECORD_FILE}` does not match its own digest"
+        yield f"`{MANIFEST}` does not match its own digest"
         return
     files = record.get("files", {})
     present = [name for name in files if (folder / name).is_file()]
@@ -65,47 +58,44 @@ def check_files(folder: Path, record: dict, jobs: int) -> Iterator[str]:
             if entry["bytes"] != files[name]["bytes"]:
                 yield f"`{name}` has {entry['bytes']:,} bytes, not {files[name]['bytes']:,}"
             elif entry["sha256"] != files[name]["sha256"]:
-                yield f"`{name}` was changed: its sha256 is not that of {RECORD_FILE}"
+                yield f"`{name}` was changed: its sha256 is not that of {MANIFEST}"
 
 
 def check_values(folder: Path, jobs: int) -> Iterator[str]:
     """Yield a sentence for every tensor that the index misses or that is not finite."""
-    indexed = read_index(read_json(folder / INDEX_FILE), INDEX_FILE)
-    shards = [*indexed, *([MTP_FILE] if (folder / MTP_FILE).is_file() else [])]
+    indexed = read_index(folder)
+    shards = [*indexed, *([SIDECAR] if (folder / SIDECAR).is_file() else [])]
     with ThreadPoolExecutor(jobs) as pool:
         for shard in shards:
-            path = folder / shard
-            header = parse_header(read_header(path), shard, path.stat().st_size)
+            header = read_header(folder / shard)
             if shard in indexed and set(header) != set(indexed[shard]):
-                yield f"`{shard}` and `{INDEX_FILE}` name different tensors"
-            finite = pool.map(lambda tensor, path=path: is_finite(path, tensor), header.values())
+                yield f"`{shard}` and `{INDEX}` name different tensors"
+            finite = pool.map(is_finite, header.values())
             for name, good in zip(header, finite, strict=True):
                 if not good:
                     yield f"`{name}` in `{shard}` has values that are not finite"
 
 
-def is_finite(path: Path, tensor: Tensor) -> bool:
+def is_finite(tensor: TensorInfo) -> bool:
     """Say whether a BF16 or F32 tensor holds neither NaN nor infinity; read in small pieces."""
     if tensor.dtype not in ("BF16", "F32"):
         return True
     for start in range(0, tensor.nbytes, CHUNK_BYTES):
         count = min(CHUNK_BYTES, tensor.nbytes - start)
-        if not all_finite(tensor.dtype, read_bytes(path, tensor.start + start, count)):
+        if not all_finite(tensor.dtype, read_bytes(tensor.path, tensor.offset + start, count)):
             return False
     return True
 
 
 def plan_again(record: dict, source: Source) -> Plan:
     """Plan the recorded conversion from its source; refuse a source that is another one."""
-    plan = build(source, recipes.from_dict(record["recipe"], RECORD_FILE), record["layout"])
+    plan = build(source, recipes.from_dict(record["recipe"], MANIFEST), record["layout"])
     recorded = record.get("source") or {}
     if plan.digest != record["plan"] or plan.identity.is_that_of(recorded) is False:
         where = "the folder that was converted"
         if recorded.get("id"):
             where = f"`--source {recorded['id']} --revision {recorded['revision']}`"
-        raise UserError(
-            f"the source is not the one that {RECORD_FILE} was made from", f"give {where}"
-        )
+        raise UserError(f"the source is not the one that {MANIFEST} was made from", f"give {where}")
     return plan
 
 
@@ -147,7 +137,7 @@ def agrees(target: Target, derived: Derived, stored: list[bytes], is_same_device
     return bool((difference <= 1.02 * step).all())  # 2 %: the restored values are BF16
 
 
-def _open_parts(parts: list[mx.array], quantization: recipes.Quantization) -> list[mx.array]:
+def _open_parts(parts: list[mx.array], quantization: Quantization) -> list[mx.array]:
     """Return weight, scales and biases with one row for each group, from flat bytes."""
     words = quantization.group_size * quantization.bits // 32
     weight, scales, biases = (part.reshape(-1) for part in parts)

@@ -231,7 +231,7 @@ def read_json(path: Path) -> dict:
     """Read a JSON object; raise `UserError` with the file's name when it is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"`{path}` is not JSON: {error}", "fetch the file again") from None
     if not isinstance(value, dict):
         raise UserError(f"`{path}` holds a {type(value).__name__}, not an object")
@@ -241,7 +241,7 @@ def read_json(path: Path) -> dict:
 def read_config(folder: Path) -> dict:
     """Return the config.json of a model folder; raise `UserError` when there is none."""
     if not folder.is_dir():
-        raise UserError(f"`{folder}` is no folder", "give a folder that holds config.json")
+        raise UserError(f"`{folder}` is not a folder", "give a folder that holds config.json")
     if not (folder / "config.json").is_file():
         raise UserError(f"`{folder}` has no config.json", "give the folder of a model")
     return read_json(folder / "config.json")

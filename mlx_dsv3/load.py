@@ -15,20 +15,18 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_tokenizer
 from transformers import PreTrainedConfig
 
-from mlx_dsv3.checkpoint.folder import SIDECAR, Folder, fetch, open_model
+from mlx_dsv3.checkpoint.folder import Folder, fetch, open_model
+from mlx_dsv3.checkpoint.format import EXPERT_KEY, SIDECAR, infer_quantization, mtp_prefix
 from mlx_dsv3.checkpoint.headers import TensorInfo
 from mlx_dsv3.config import ModelArgs, read_json
 from mlx_dsv3.device import default_dtype, limit_memory
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.experts.files import EXPERT_KEY, infer_quantization
 from mlx_dsv3.experts.store import ExpertStore
 from mlx_dsv3.memory import MemoryPlan, make_plan
 from mlx_dsv3.model.decoder import Model
 from mlx_dsv3.model.mla import MLA
 from mlx_dsv3.model.moe import MLP, MoE
 from mlx_dsv3.model.mtp import MTP
-
-SAFETENSORS_DTYPES = {mx.uint8: "U8"}
 
 
 @dataclass
@@ -74,9 +72,9 @@ def split_kv_b(weights: dict[str, mx.array], args: ModelArgs) -> dict[str, mx.ar
         packing = None
         if (scales := out.pop(f"{prefix}kv_b_proj.scales", None)) is not None:
             biases = out.pop(f"{prefix}kv_b_proj.biases", None)
-            kind = "U8" if scales.dtype == mx.uint8 else "F"
-            found = infer_quantization(args.kv_lora_rank, weight.shape[-1], scales.shape[-1], kind)
-            packing = {"group_size": found.group_size, "bits": found.bits, "mode": found.mode}
+            in_blocks = scales.dtype == mx.uint8
+            packed, groups = weight.shape[-1], scales.shape[-1]
+            packing = infer_quantization(args.kv_lora_rank, packed, groups, in_blocks).as_config()
             weight = mx.dequantize(weight, scales, biases, **packing)
         heads = weight.reshape(args.num_attention_heads, -1, args.kv_lora_rank)
         nope = args.qk_nope_head_dim
@@ -106,10 +104,9 @@ def quantize_like(module: nn.Module, weights: dict[str, mx.array]) -> None:
         scales = weights.get(f"{path}.scales")
         if scales is None or not hasattr(layer, "to_quantized"):
             return False
-        kind = SAFETENSORS_DTYPES.get(scales.dtype, "F")
-        packed = weights[f"{path}.weight"].shape[-1]
-        found = infer_quantization(layer.weight.shape[-1], packed, scales.shape[-1], kind)
-        return {"group_size": found.group_size, "bits": found.bits, "mode": found.mode}
+        in_blocks = scales.dtype == mx.uint8
+        width, packed = layer.weight.shape[-1], weights[f"{path}.weight"].shape[-1]
+        return infer_quantization(width, packed, scales.shape[-1], in_blocks).as_config()
 
     nn.quantize(module, class_predicate=packing)
 
@@ -197,7 +194,7 @@ def load_model(
 def load_mtp(folder: Folder, model: Model, store: ExpertStore, dtype: mx.Dtype) -> MTP:
     """Read the sidecar: hub names `model.layers.{L}.*`, experts as records."""
     args = model.args
-    prefix = f"model.layers.{args.num_hidden_layers}."
+    prefix = mtp_prefix(args)
     mtp = MTP(args, model)
     weights = cast_weights(split_kv_b(load_trunk(folder.sidecar), args), dtype)
     for name in weights:

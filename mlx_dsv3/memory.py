@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from mlx_dsv3.checkpoint.format import EXPERT_KEY, PROJECTIONS, mtp_prefix
 from mlx_dsv3.checkpoint.headers import TensorInfo
 from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.device import available_bytes, buffer_cache_bytes, most_wired_bytes
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.experts.files import EXPERT_KEY, FLOAT_BYTES, PROJECTIONS, LayerExperts
+from mlx_dsv3.experts.files import FLOAT_BYTES, LayerExperts
 from mlx_dsv3.model.mla import ABSORBED_MAX_QUERIES, SCORE_BYTES
 from mlx_dsv3.sizes import GB, gigabytes, round_down, round_up
 
@@ -133,11 +134,11 @@ class Sizes(NamedTuple):
 
 def sizes_of(tensors: dict[str, TensorInfo], args: ModelArgs, dtype: mx.Dtype) -> Sizes:
     """Return what the parts of a model take, from headers."""
-    mtp_prefix = f"model.layers.{args.num_hidden_layers}."
-    num_layers = args.num_hidden_layers + any(name.startswith(mtp_prefix) for name in tensors)
+    prefix = mtp_prefix(args)
+    num_layers = args.num_hidden_layers + any(name.startswith(prefix) for name in tensors)
     trunk = {name: info for name, info in tensors.items() if not EXPERT_KEY.fullmatch(name)}
     held = {name: held_bytes(info, dtype, name) for name, info in trunk.items()}
-    mtp_bytes = sum(nbytes for name, nbytes in held.items() if name.startswith(mtp_prefix))
+    mtp_bytes = sum(nbytes for name, nbytes in held.items() if name.startswith(prefix))
     width = args.kv_lora_rank + args.qk_rope_head_dim
     return Sizes(
         trunk=sum(held.values()) - mtp_bytes,

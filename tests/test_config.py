@@ -314,7 +314,7 @@ def test_config_file(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match="has no config.json"):
         read_config(tmp_path)
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         read_config(tmp_path / "absent")
 
 

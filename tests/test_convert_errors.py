@@ -118,15 +118,18 @@ BAD = {
     "scale that is not finite": (replace(Q_A + "_scale_inv", NAN_SCALE), f"`{Q_A}` has values"),
     "missing tensor": (drop("model.norm.weight"), "`model.norm.weight` is in none of 3"),
     "missing shard": (lambda hub: first_shard(hub).unlink(), "(1 of 3 shards)"),
-    "truncated shard": (truncate, "`model-00001-of-000003.safetensors` has"),
-    "truncated header": (truncate_header, "is truncated or no safetensors file"),
-    "garbled header": (garble_header, "the header of `model-00001-of-000003.safetensors`"),
+    "truncated shard": (truncate, "model-00001-of-000003.safetensors` is truncated"),
+    "truncated header": (truncate_header, "is truncated or not a safetensors file"),
+    "garbled header": (
+        garble_header,
+        "model-00001-of-000003.safetensors` has no safetensors header",
+    ),
     "no index": (lambda hub: (hub / INDEX).unlink(), f"has no {INDEX}"),
     "index that is not JSON": (lambda hub: (hub / INDEX).write_text("{"), "is not JSON"),
     "index without a map": (lambda hub: (hub / INDEX).write_text("{}"), "`weight_map`"),
     "index that names an absent tensor": (index_names_absent, "experts.99.up_proj.weight` into"),
     "index that lacks a tensor": (index_lacks_one, "does not name"),
-    "index that leaves the folder": (index_leaves_the_folder, "which is no file name"),
+    "index that leaves the folder": (index_leaves_the_folder, "which is not a file name"),
     "wrong shape": (
         replace("model.norm.weight", torch.ones(63).bfloat16()),
         "has shape [63]; config.json says [64]",
@@ -154,7 +157,7 @@ BAD = {
     "FP8 unannounced": (config(quantization_config=None), "config.json has no `quant"),
     "MLX folder": (config(quantization={"bits": 4}), "already an MLX folder"),
     "no config": (lambda hub: (hub / "config.json").unlink(), "has no config.json"),
-    "no folder": (shutil.rmtree, "is no folder"),
+    "no folder": (shutil.rmtree, "is not a folder"),
 }
 
 

@@ -17,7 +17,8 @@ from convert.__main__ import main
 from convert.identity import Identity
 from convert.manifest import record_digest, write_json
 from convert.run import _Run
-from convert.source import open_folder, parse_header, read_header
+from convert.source import open_folder
+from mlx_dsv3.checkpoint.headers import read_header
 from mlx_dsv3.errors import run_main
 from mlx_dsv3.reference.weights import HubTensors
 from tests.tiny import A, write_hub
@@ -90,9 +91,9 @@ def copy(model: Path, folder: Path) -> Path:
 def negate_weights(shard: Path) -> None:
     """Flip the sign of every FP8 code: headers, scales, norms and biases stay."""
     data = np.fromfile(shard, np.uint8)
-    for tensor in parse_header(read_header(shard), shard.name, len(data)).values():
+    for tensor in read_header(shard).values():
         if tensor.dtype == "F8_E4M3":
-            data[tensor.start : tensor.start + tensor.nbytes] ^= 0x80
+            data[tensor.offset : tensor.offset + tensor.nbytes] ^= 0x80
     data.tofile(shard)
 
 

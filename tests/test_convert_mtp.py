@@ -83,7 +83,7 @@ def test_refusals(folders, peer, tmp_path, capsys):
         (peer, peer, "already an MLX folder"),
         (hub, hub, "is a checkpoint, not an MLX folder"),
         (strip_mtp(hub, tmp_path / "stripped"), peer, "the source holds no MTP layer"),
-        (hub, tmp_path / "nowhere", "is no folder"),
+        (hub, tmp_path / "nowhere", "is not a folder"),
     ):
         assert add_mtp(source, dest) == 2
         assert words in capsys.readouterr().err

@@ -10,17 +10,12 @@ import torch
 from compare import same_bits
 from mlx_folder import save_ordered, to_mlx, write_mlx
 
+from mlx_dsv3.checkpoint.format import Quantization, infer_quantization
 from mlx_dsv3.checkpoint.headers import read_header, read_headers
 from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.experts import files as expert_files
-from mlx_dsv3.experts.files import (
-    LayerExperts,
-    Quantization,
-    convert_floats,
-    infer_quantization,
-    read_exactly,
-)
+from mlx_dsv3.experts.files import LayerExperts, convert_floats, read_exactly
 from mlx_dsv3.experts.store import ExpertStore
 
 CONFIG = tiny.D | {"num_hidden_layers": 2}  # widths that every packing divides
@@ -305,8 +300,8 @@ def test_down_may_be_quantised_differently(folder_of, open_store):
 def test_packing_is_inferred_from_shapes(mode, bits, group_size, columns):
     """Bits and group size as MLX packs them: 3 and 6 bits share words unevenly."""
     packed, scales, *_ = mx.quantize(mx.ones((4, columns)), group_size, bits, mode)
-    kind = "U8" if scales.dtype == mx.uint8 else "BF16"
-    found = infer_quantization(columns, packed.shape[-1], scales.shape[-1], kind)
+    in_blocks = scales.dtype == mx.uint8
+    found = infer_quantization(columns, packed.shape[-1], scales.shape[-1], in_blocks)
     assert found == Quantization(bits, group_size, mode)
 
 

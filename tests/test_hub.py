@@ -49,7 +49,7 @@ def read(repo: Repo, tensor) -> bytes:
 
     path = f"{repo.repo_id}@{repo.revision}/{tensor.shard}"
     with HfFileSystem().open(path, "rb") as file:
-        file.seek(tensor.start)
+        file.seek(tensor.offset)
         return file.read(tensor.nbytes)
 
 

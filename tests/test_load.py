@@ -273,11 +273,11 @@ def refusal(folder, read=load_model) -> UserError:
 
 
 def test_no_folder(tmp_path):
-    """MODEL that is no folder: a hub id typed for a path, or a file."""
+    """MODEL that is not a folder: a hub id typed for a path, or a file."""
     error = refusal(tmp_path / "absent")
-    assert f"`{tmp_path / 'absent'}` is no folder" in error.message and "make demo" in error.hint
+    assert f"`{tmp_path / 'absent'}` is not a folder" in error.message and "make demo" in error.hint
     (tmp_path / "file").write_text("")
-    assert "is no folder" in refusal(tmp_path / "file").message
+    assert "is not a folder" in refusal(tmp_path / "file").message
 
 
 def test_no_weights(tmp_path):
@@ -343,6 +343,16 @@ def test_truncated_shard(folder, file, kept):
     (folder / file).write_bytes(data[: length[kept]])
     error = refusal(folder)
     assert f"{file}` is truncated" in error.message and error.hint
+
+
+@pytest.mark.parametrize("word", [b"I16", b"U16"])
+def test_experts_of_integers(folder, word):
+    """A dtype of the same size: the header is right to the byte, the experts were nonsense."""
+    data = (folder / EXPERTS).read_bytes()
+    begin = data.index(b'"BF16"')
+    (folder / EXPERTS).write_bytes(data[:begin] + b'"%s" ' % word + data[begin + 6 :])
+    error = refusal(folder)
+    assert f"in {word.decode()}" in error.message and "experts" in error.message and error.hint
 
 
 def test_no_safetensors_header(folder):

@@ -12,9 +12,9 @@ import torch
 from compare import FORMS, LAYER, assert_close, same_bits
 from parity.faults import select
 
+from mlx_dsv3.checkpoint.format import Quantization
 from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.decoding.draft_control import MAX_DRAFTS
-from mlx_dsv3.experts.files import Quantization
 from mlx_dsv3.experts.store import Projection
 from mlx_dsv3.model import linear, moe
 from mlx_dsv3.model.linear import Joined, Linear

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from convert.recipe import RECIPES, ROLES, Quantization, choose, from_dict
+from convert.recipe import RECIPES, ROLES, choose, from_dict
+from mlx_dsv3.checkpoint.format import Quantization
 from mlx_dsv3.errors import UserError
 
 

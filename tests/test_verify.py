@@ -9,7 +9,7 @@ import pytest
 
 from convert.__main__ import main
 from convert.manifest import device_kind, file_record, record_digest, write_json
-from convert.source import parse_header, read_header
+from mlx_dsv3.checkpoint.headers import read_header
 from mlx_dsv3.errors import run_main
 from tests.tiny import D, write_hub, write_tokenizer
 
@@ -83,9 +83,9 @@ def seal(folder) -> None:
 def change(folder, file: str, name: str, edit) -> None:
     """Apply `edit` to a tensor's bytes (uint8 array), in place."""
     path = folder / file
-    tensor = parse_header(read_header(path), file, path.stat().st_size)[name]
+    tensor = read_header(path)[name]
     data = np.fromfile(path, np.uint8)
-    edit(data[tensor.start : tensor.start + tensor.nbytes])
+    edit(data[tensor.offset : tensor.offset + tensor.nbytes])
     data.tofile(path)
     seal(folder)
 

@@ -11,18 +11,30 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from itertools import chain
 from pathlib import Path
 
-from mlx_dsv3.checkpoint.headers import INDEX, TensorInfo, join_headers, parse_header, read_header
+from mlx_dsv3.checkpoint.format import (
+    INDEX,
+    MANIFEST,
+    PARTIAL,
+    SIDECAR,
+    SINGLE,
+    WEIGHTS,
+    mtp_prefix,
+)
+from mlx_dsv3.checkpoint.headers import (
+    TensorInfo,
+    join_headers,
+    parse_header,
+    read_header,
+    read_index,
+)
 from mlx_dsv3.checkpoint.hub import HEADER_REQUESTS, Repo, cached_snapshots, is_repo_id
 from mlx_dsv3.config import ModelArgs, read_config, read_json
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.sizes import gigabytes
 
-SIDECAR = "mtp.safetensors"
-PARTIAL = ".partial"
-RECORD = "conversion.json"
-WEIGHTS = "model*.safetensors"
 # What belongs to a model besides its weights.
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*")
 TOKENIZERS = ("tokenizer.json", "*.model", "*.tiktoken")
@@ -74,7 +86,7 @@ def open_model(model: str | Path | Folder, with_mtp: bool = True) -> Folder:
 def open_folder(path: Path, with_mtp: bool = True) -> Folder:
     """Read the headers of an MLX folder on this machine."""
     if not path.is_dir():
-        raise UserError(f"`{path}` is no folder", "give an MLX folder, or `make demo` for one")
+        raise UserError(f"`{path}` is not a folder", "give an MLX folder, or `make demo` for one")
     return describe(path, str(path), files_in(path), read_header, with_mtp)
 
 
@@ -113,7 +125,7 @@ def describe(
     files = weight_names(path, name, present)
     tensors = join_headers(header(path / file) for file in files)
     check_index(path, name, tensors)
-    if any(key.startswith(f"model.layers.{args.num_hidden_layers}.") for key in tensors):
+    if any(key.startswith(mtp_prefix(args)) for key in tensors):
         raise UserError(
             f"`{name}` is a hub checkpoint (its shards hold the MTP layer), not an MLX folder",
             CONVERT_HINT.format(name),
@@ -138,7 +150,7 @@ def check_config(path: Path, name: str) -> dict:
 def weight_names(path: Path, name: str, present: set[str]) -> list[str]:
     """Return the weight files: those of the index, else every `model*.safetensors`."""
     if INDEX in present:
-        files = sorted(set(read_json(path / INDEX).get("weight_map", {}).values()))
+        files = list(read_index(path))
     else:
         files = sorted(file for file in present if fnmatch(file, WEIGHTS))
     if not files:
@@ -155,7 +167,7 @@ def check_index(path: Path, name: str, tensors: dict[str, TensorInfo]) -> None:
     """Refuse an index that names tensors which no file holds."""
     if not (path / INDEX).is_file():
         return
-    for key in read_json(path / INDEX)["weight_map"]:
+    for key in chain.from_iterable(read_index(path).values()):
         if key not in tensors:
             raise UserError(
                 f"the index of `{name}` names `{key}`, which is in none of its files",
@@ -172,13 +184,13 @@ def is_complete(snapshot: Path, with_mtp: bool) -> bool:
     has_tokenizer = any(fnmatch(file, word) for file in present for word in TOKENIZERS)
     if "config.json" not in present or not has_tokenizer:
         return False
-    needed = {SIDECAR} if with_mtp and RECORD in present else set()
+    needed = {SIDECAR} if with_mtp and MANIFEST in present else set()
     if needed:
-        needed &= set(read_json(snapshot / RECORD).get("files", {}))
+        needed &= set(read_json(snapshot / MANIFEST).get("files", {}))
     if INDEX in present:
-        needed |= set(read_json(snapshot / INDEX).get("weight_map", {}).values())
+        needed |= set(read_index(snapshot))
     else:
-        needed |= {"model.safetensors"}
+        needed |= {SINGLE}
     return needed <= present
 
 

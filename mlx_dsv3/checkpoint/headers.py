@@ -1,23 +1,46 @@
 """Safetensors headers: where each tensor of a folder lies, without reading any tensor.
 
-A file is 8 bytes of header length (little endian), a JSON header, then data. Standard library
-only; the converter and the expert store both plan from these.
+A file is 8 bytes of header length (little endian), a JSON header, then data. Headers come from
+strangers and are checked to the byte: the tensors must fill the file, so that a download cut short
+or a header that lies is found before a wrong byte is computed with. Standard library only; the
+converter, the memory plan and the expert store all work from these.
 """
 
 import json
+import math
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+from mlx_dsv3.checkpoint.format import INDEX
+from mlx_dsv3.config import read_json
 from mlx_dsv3.errors import UserError
 
-INDEX = "model.safetensors.index.json"
+DTYPE_BYTES = {
+    "F8_E4M3": 1,
+    "F8_E8M0": 1,
+    "F8_E5M2": 1,
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "BF16": 2,
+    "F16": 2,
+    "I16": 2,
+    "U16": 2,
+    "F32": 4,
+    "I32": 4,
+    "U32": 4,
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+}
 MAX_HEADER_BYTES = 100_000_000
+MAX_DIMENSIONS, MAX_DIMENSION = 8, 2**31 - 1  # MLX's sizes are int32; no tensor has more than 4
 AGAIN = "fetch the file again; a download that stopped half-way looks like this"
 
 
-@dataclass(frozen=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """One tensor: dtype is the header's word (`BF16`, `U32`), offset counts from the file start."""
 
     path: Path
@@ -26,45 +49,99 @@ class TensorInfo:
     offset: int
     nbytes: int
 
+    @property
+    def shard(self) -> str:
+        """Return the name of the file."""
+        return self.path.name
+
 
 def header_length(first_bytes: bytes, name: str, file_bytes: int) -> int:
     """Return the length of a header from the first eight bytes of its file."""
     length = int.from_bytes(first_bytes, "little")
     if len(first_bytes) < 8 or length > min(MAX_HEADER_BYTES, file_bytes - 8):
-        raise UserError(f"`{name}` is truncated or no safetensors file", AGAIN)
+        raise UserError(f"`{name}` is truncated or not a safetensors file", AGAIN)
     return length
 
 
 def parse_header(path: Path, raw: bytes, file_bytes: int) -> dict[str, TensorInfo]:
     """Return the tensors of a header (without its eight length bytes), which lie in `path`.
 
-    Raises `UserError` where a tensor ends beyond the file.
+    Raises `UserError` unless they fill a file of `file_bytes` exactly, without holes or overlaps.
     """
-    try:
-        header = json.loads(raw)
-    except ValueError:
-        raise UserError(f"`{path}` has no safetensors header", AGAIN) from None
-    header.pop("__metadata__", None)
-    tensors, start = {}, 8 + len(raw)
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        if start + end > file_bytes:
+    place = 8 + len(raw)
+    tensors = {
+        name: _entry(path, name, place, entry)
+        for name, entry in _entries(path, raw).items()
+        if name != "__metadata__"
+    }
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if info.offset != place:
             raise UserError(
-                f"`{path}` is truncated: `{name}` ends at byte {start + end}, "
-                f"the file has {file_bytes}",
+                f"`{name}` in `{path}` begins at byte {info.offset:,}; "
+                f"the tensor before it ends at byte {place:,}",
                 AGAIN,
             )
-        shape = tuple(entry["shape"])
-        tensors[name] = TensorInfo(path, entry["dtype"], shape, start + begin, end - begin)
+        place += info.nbytes
+    if place != file_bytes:
+        what = "is truncated" if place > file_bytes else "is longer than its header says"
+        raise UserError(f"`{path}` {what}: {file_bytes:,} bytes instead of {place:,}", AGAIN)
     return tensors
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Return the tensors of one safetensors file; raise `UserError` when it is cut short."""
+def _entries(path: Path, raw: bytes) -> dict:
+    def once(pairs: list[tuple]) -> dict:
+        entries = dict(pairs)
+        if len(entries) < len(pairs):
+            [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
+            raise UserError(f"the header of `{path}` names `{twice}` twice", AGAIN)
+        return entries
+
+    try:
+        entries = json.loads(raw.decode(), object_pairs_hook=once)
+    except (ValueError, RecursionError):
+        entries = None
+    if not isinstance(entries, dict):
+        raise UserError(f"`{path}` has no safetensors header", AGAIN)
+    return entries
+
+
+def _entry(path: Path, name: str, data_start: int, entry) -> TensorInfo:
+    """Return a tensor of a header, after a look at each value and at its size."""
+    fields = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        word = dtype if isinstance(dtype, str) else "none"  # not a nest of lists, which recurses
+        raise UserError(f"`{name}` in `{path}` has the unknown dtype `{word}`", AGAIN)
+    if not _are_sizes(shape, MAX_DIMENSION) or len(shape) > MAX_DIMENSIONS:
+        raise UserError(f"`{name}` in `{path}` has a damaged shape", AGAIN)
+    if not _are_sizes(offsets, math.inf) or len(offsets) != 2:
+        raise UserError(f"`{name}` in `{path}` has damaged offsets", AGAIN)
+    nbytes = offsets[1] - offsets[0]
+    if nbytes != math.prod(shape) * DTYPE_BYTES[dtype]:
+        raise UserError(
+            f"`{name}` in `{path}` has {nbytes:,} bytes, which is not the size of {dtype} {shape}",
+            AGAIN,
+        )
+    return TensorInfo(path, dtype, tuple(shape), data_start + offsets[0], nbytes)
+
+
+def _are_sizes(values, most: float) -> bool:
+    """Say whether these are a list of integers from 0 to `most`; true is not one, nor is 1.0."""
+    return isinstance(values, list) and all(type(n) is int and 0 <= n <= most for n in values)
+
+
+def read_raw_header(path: Path) -> tuple[bytes, int]:
+    """Return the header of a local file as it stands there, and the size of the file."""
+    if not path.is_file():  # a pipe would wait for ever
+        raise UserError(f"`{path}` is not a file", AGAIN)
     size = path.stat().st_size
-    with path.open("rb") as file:
-        raw = file.read(header_length(file.read(8), str(path), size))
-    return parse_header(path, raw, size)
+    with open(path, "rb", buffering=0) as file:
+        return file.read(header_length(file.read(8), str(path), size)), size
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Return the tensors of one safetensors file on this machine."""
+    return parse_header(path, *read_raw_header(path))
 
 
 def join_headers(headers: Iterable[dict[str, TensorInfo]]) -> dict[str, TensorInfo]:
@@ -81,3 +158,19 @@ def join_headers(headers: Iterable[dict[str, TensorInfo]]) -> dict[str, TensorIn
 def read_headers(paths: list[Path]) -> dict[str, TensorInfo]:
     """Return the tensors of several files on this machine."""
     return join_headers(map(read_header, paths))
+
+
+def read_index(folder: Path) -> dict[str, list[str]]:
+    """Return shard -> names of its tensors, in order, from the index file of `folder`."""
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"`{folder / INDEX}` has no `weight_map`", AGAIN)
+    shards = {}
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise UserError(
+                f"`{folder / INDEX}` puts `{tensor}` into `{shard}`, which is not a file name",
+                AGAIN,
+            )
+        shards.setdefault(shard, []).append(tensor)
+    return dict(sorted(shards.items()))

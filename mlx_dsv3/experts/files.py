@@ -6,38 +6,30 @@ A *record* folder has the nine tensors of an expert adjacent in one file, a *sta
 """
 
 import os
-import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_dsv3.checkpoint.format import (
+    BLOCK_SCALES,
+    PARTS,
+    PROJECTIONS,
+    Quantization,
+    infer_quantization,
+    record_prefix,
+    stacked_prefix,
+)
 from mlx_dsv3.checkpoint.headers import TensorInfo
 from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.errors import UserError
 
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-PARTS = ("weight", "scales", "biases")
 # Adjacent spans join up to this size: V3's record (24.8 MB at 4 bits) becomes its three
 # projections, a small model's record one request. Disks want 12-16 requests of 4-8 MB in flight.
 REQUEST_BYTES = 9 << 20
-EXPERT_KEY = re.compile(
-    r"model\.layers\.(\d+)\.mlp\."
-    r"(?:experts\.(\d+)|switch_mlp)\.(gate_proj|up_proj|down_proj)\.(weight|scales|biases)"
-)
 FLOAT_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 AGAIN = "the folder is incomplete; convert or download it again"
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """How the weights of one projection are packed."""
-
-    bits: int
-    group_size: int
-    mode: str
 
 
 class Span(NamedTuple):
@@ -58,27 +50,17 @@ class Request(NamedTuple):
     spans: tuple[Span, ...]
 
 
-def infer_quantization(in_dims: int, packed: int, groups: int, scale_dtype: str) -> Quantization:
-    """Recover bits, group size and mode from shapes; block formats have one-byte scales."""
-    bits, group_size = packed * 32 // in_dims, in_dims // groups
-    if scale_dtype != "U8":
-        return Quantization(bits, group_size, "affine")
-    modes = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
-    return Quantization(bits, group_size, modes[bits, group_size])
-
-
 class LayerExperts:
     """One layer's experts on disk: dtypes, shapes, and the requests for each expert."""
 
     def __init__(self, layer: int, tensors: dict[str, TensorInfo], args: ModelArgs):
         self.layer, self.args, self.tensors = layer, args, tensors
-        prefix = f"model.layers.{layer}.mlp"
-        stacked, record = f"{prefix}.switch_mlp", f"{prefix}.experts"
-        self.is_stacked = f"{stacked}.gate_proj.weight" in tensors
+        stacked, record = stacked_prefix(layer), record_prefix(layer)
+        self.is_stacked = f"{stacked}gate_proj.weight" in tensors
         experts = range(args.n_routed_experts)
-        if self.is_stacked and any(f"{record}.{i}.gate_proj.weight" in tensors for i in experts):
+        if self.is_stacked and any(f"{record}{i}.gate_proj.weight" in tensors for i in experts):
             raise UserError(
-                f"layer {layer} has its experts twice: as `{record}.*` and as `{stacked}.*`",
+                f"layer {layer} has its experts twice: as `{record}*` and as `{stacked}*`",
                 "convert the checkpoint again into an empty folder",
             )
         self.prefix = stacked if self.is_stacked else record
@@ -86,13 +68,13 @@ class LayerExperts:
     def info(self, expert: int, projection: str, part: str) -> TensorInfo | None:
         """Return one expert's part: a whole record tensor or its share of a stacked one."""
         if not self.is_stacked:
-            return self.tensors.get(f"{self.prefix}.{expert}.{projection}.{part}")
-        whole = self.tensors.get(f"{self.prefix}.{projection}.{part}")
+            return self.tensors.get(f"{self.prefix}{expert}.{projection}.{part}")
+        whole = self.tensors.get(f"{self.prefix}{projection}.{part}")
         if whole is None:
             return None
         if whole.shape[0] != self.args.n_routed_experts:
             raise UserError(
-                f"`{self.prefix}.{projection}.{part}` holds {whole.shape[0]} experts; "
+                f"`{self.prefix}{projection}.{part}` holds {whole.shape[0]} experts; "
                 f"config.json says {self.args.n_routed_experts}"
             )
         nbytes = whole.nbytes // whole.shape[0]
@@ -102,7 +84,7 @@ class LayerExperts:
     def required(self, expert: int, projection: str, part: str, like: TensorInfo) -> TensorInfo:
         """Return a part that must exist with the dtype and shape of the first expert's."""
         info = self.info(expert, projection, part)
-        name = f"{self.prefix}.{expert}.{projection}.{part}"
+        name = f"{self.prefix}{expert}.{projection}.{part}"
         if info is None:
             raise UserError(f"`{name}` is in none of the files of `{like.path.parent}`", AGAIN)
         if (info.dtype, info.shape) != (like.dtype, like.shape):
@@ -115,9 +97,16 @@ class LayerExperts:
         """Return the parts that expert 0 has of a projection."""
         found = {part: self.info(0, projection, part) for part in PARTS}
         if found["weight"] is None:
-            name = f"{self.prefix}.*.{projection}.weight"
+            name = f"{self.prefix}*.{projection}.weight"
             raise UserError(f"layer {self.layer} has no `{name}`", AGAIN)
-        return {part: info for part, info in found.items() if info is not None}
+        found = {part: info for part, info in found.items() if info is not None}
+        weights = ("U32",) if "scales" in found else FLOAT_BYTES
+        kinds = {"weight": weights, "scales": (*FLOAT_BYTES, BLOCK_SCALES), "biases": FLOAT_BYTES}
+        for part, info in found.items():
+            if info.dtype not in kinds[part]:
+                name = f"{self.prefix}*.{projection}.{part}"
+                raise UserError(f"layer {self.layer} has `{name}` in {info.dtype}", AGAIN)
+        return found
 
     def quantization(self, projection: str) -> Quantization | None:
         """Return how a projection is packed, None where it is not."""
@@ -134,7 +123,8 @@ class LayerExperts:
             )
         if scales is None:
             return None
-        return infer_quantization(in_dims, weight.shape[-1], scales.shape[-1], scales.dtype)
+        in_blocks = scales.dtype == BLOCK_SCALES
+        return infer_quantization(in_dims, weight.shape[-1], scales.shape[-1], in_blocks)
 
     def requests(self, expert: int) -> tuple[Request, ...]:
         """Return the reads of one expert, in file order, adjacent spans joined."""

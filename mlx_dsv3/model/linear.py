@@ -18,9 +18,9 @@ import mlx.nn as nn
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
+from mlx_dsv3.checkpoint.format import PARTS
 from mlx_dsv3.device import is_gpu
 
-PARTS = ("weight", "scales", "biases")
 MIN_TOKENS = 6  # of a call that may leave MLX: one more than a verification of drafts has
 WAIT_ROWS = 3  # that the wait for arrays, on their way to NumPy and back, costs a call (8 tokens)
 # Rows of one weight from which unpacking it is faster than MLX's row by row, by format (2 cores,

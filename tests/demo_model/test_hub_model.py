@@ -180,7 +180,7 @@ def test_without_a_network(server, home, tmp_path):
 @pytest.mark.parametrize("name", ["models/r1--q4", "models/größe", "models/x.git", "q4", "a/b/c"])
 def test_a_slip_of_the_pen_is_no_hub_id(name):
     """Names that no repository may have end as a missing folder does, without a request."""
-    with pytest.raises(UserError, match=f"`{name}` is no folder"):
+    with pytest.raises(UserError, match=f"`{name}` is not a folder"):
         open_model(name)
 
 

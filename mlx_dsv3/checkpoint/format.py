@@ -1,0 +1,104 @@
+"""The format of an MLX folder, written down once: names of files and tensors, packing of weights.
+
+The converter writes by it, the runtime and the memory plan read by it. Everything here is a word
+or a small calculation on words and shapes; docs/tensors.md draws the whole.
+
+A *record* is the nine tensors of one expert, adjacent in its file and in this order: gate, up,
+down, of each the weight, the scales, the biases. mlx-lm's own arrangement is *stacked*: one tensor
+for all experts of a layer.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from mlx_dsv3.config import ModelArgs
+
+FORMAT = 1  # the version that a manifest names
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"  # the only file of a checkpoint without an index
+WEIGHTS = "model*.safetensors"
+SIDECAR = "mtp.safetensors"  # the MTP layer, which the index leaves out: mlx-lm would refuse it
+MANIFEST = "conversion.json"  # source, recipe, checksums; only the converter writes one
+PARTIAL = ".partial"  # holds everything until a conversion is complete
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+PARTS = ("weight", "scales", "biases")
+EXPERT_KEY = re.compile(
+    r"model\.layers\.(\d+)\.mlp\."
+    r"(?:experts\.(\d+)|switch_mlp)\.(gate_proj|up_proj|down_proj)\.(weight|scales|biases)"
+)
+SCALE_SUFFIX = "_scale_inv"  # of an FP8 weight's block scales in a hub checkpoint
+
+BLOCK_SCALES = "U8"  # dtype of the scales in the block formats, which have no biases
+BLOCK_MODES = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
+
+
+class Quantization(NamedTuple):
+    """Bits per weight, weights per scale, and mode, as `mx.quantize` takes them."""
+
+    bits: int
+    group_size: int = 64
+    mode: str = "affine"
+
+    def fits(self, width: int) -> bool:
+        """Say whether rows of `width` can be quantised; mlx-lm leaves others alone."""
+        return width % self.group_size == 0
+
+    def as_config(self) -> dict:
+        """Return the entry of config.json, which is what `mx.quantize` takes."""
+        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+
+    def arrays(self, shape: tuple[int, ...]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        """Yield part, dtype and shape of what a matrix (..., width) is packed into, in order."""
+        *rows, width = shape
+        yield "weight", "U32", (*rows, width * self.bits // 32)
+        groups = (*rows, width // self.group_size)
+        if self.mode == "affine":
+            yield "scales", "BF16", groups
+            yield "biases", "BF16", groups
+        else:
+            yield "scales", BLOCK_SCALES, groups
+
+
+def infer_quantization(width: int, packed: int, groups: int, in_blocks: bool) -> Quantization:
+    """Recover the packing of rows of `width` from their 32-bit words and their scales.
+
+    `in_blocks` says that the scales have one byte each, as in the block formats.
+    """
+    bits, group_size = packed * 32 // width, width // groups
+    mode = BLOCK_MODES[bits, group_size] if in_blocks else "affine"
+    return Quantization(bits, group_size, mode)
+
+
+def trunk_file(i: int, count: int) -> str:
+    return f"model-trunk-{i + 1:05d}-of-{count:05d}.safetensors"
+
+
+def experts_file(layer: int) -> str:
+    return f"model-experts-{layer:05d}.safetensors"
+
+
+def layer_prefix(layer: int) -> str:
+    return f"model.layers.{layer}."
+
+
+def mtp_prefix(args: ModelArgs) -> str:
+    """Return how the names of the MTP layer begin: it is the layer after the last."""
+    return layer_prefix(args.num_hidden_layers)
+
+
+def record_prefix(layer: int) -> str:
+    """Return how the names of a layer's records begin; the number of the expert follows."""
+    return layer_prefix(layer) + "mlp.experts."
+
+
+def stacked_prefix(layer: int) -> str:
+    return layer_prefix(layer) + "mlp.switch_mlp."
+
+
+def module_path(path: str) -> str:
+    """Return mlx-lm's module of a path: an expert's projection belongs to `switch_mlp`."""
+    prefix, middle, rest = path.partition(".mlp.experts.")
+    return f"{prefix}.mlp.switch_mlp.{rest.partition('.')[2]}" if middle else path
