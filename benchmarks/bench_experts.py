@@ -36,9 +36,10 @@ from policies import replay
 from synthetic import BASE, drop_from_page_cache, write_folder
 
 from mlx_dsv3.checkpoint.folder import open_folder
+from mlx_dsv3.experts.products import HITS_FIRST_AFTER_S, compute_by_id
 from mlx_dsv3.experts.store import NUM_READERS, ExpertStore, Files
 from mlx_dsv3.load import load, load_model, plan_memory
-from mlx_dsv3.model import moe
+from mlx_dsv3.model.moe import MoE
 
 V3_LAYER = BASE | {
     "vocab_size": 1024,
@@ -161,7 +162,7 @@ def bench_overlap(root: Path) -> list[dict]:
 
     def step(experts: np.ndarray) -> float:
         start = time.perf_counter()
-        mx.eval(moe.routed_streamed(bank, x, experts.reshape(2, 8)))
+        mx.eval(compute_by_id(bank, x, experts.reshape(2, 8)))
         return time.perf_counter() - start
 
     def resident(experts: np.ndarray) -> float:
@@ -223,7 +224,7 @@ def prefill_row(root: Path, config: dict, recipe: str, is_slow: bool) -> dict:
     bank, speed = store.banks[1], None
     if is_slow:
         start = time.perf_counter()
-        mx.eval(moe.routed_streamed(bank, mx.zeros((64, 512)), np.zeros((64, 1), np.int32)))
+        mx.eval(compute_by_id(bank, mx.zeros((64, 512)), np.zeros((64, 1), np.int32)))
         row_s = (time.perf_counter() - start) / 64
         speed = sum(request.nbytes for request in bank.requests[0]) / (30 * row_s)
         store._read = throttled(store._read, speed)
@@ -361,7 +362,7 @@ def bench_predict(folder: Path, text: str) -> list[dict]:
             rows.append(row)
             print("predict  " + ", ".join(f"{k} {v:.2f}" for k, v in row.items()))
         h = attended + layer.mlp(x)
-        if following is not None and isinstance(following.mlp, moe.MoE):
+        if following is not None and isinstance(following.mlp, MoE):
             gate = following.mlp.gate
             ahead = following.post_attention_layernorm(attended)
             scores = mx.sigmoid(ahead.astype(mx.float32) @ gate.weight.T)
@@ -383,9 +384,7 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.parts) - set(parts):
         parser.error(f"`{min(unknown)}` is no part; the parts are {', '.join(parts)}")
-    conditions = print_conditions(
-        readers=NUM_READERS, hits_first_after_ms=moe.HITS_FIRST_AFTER_S * 1e3
-    )
+    conditions = print_conditions(readers=NUM_READERS, hits_first_after_ms=HITS_FIRST_AFTER_S * 1e3)
     if options.replay:
         result = {"replay": replay(options.replay, options.slots)}
         print(json.dumps({"bench": "experts", **conditions, **result}))

@@ -8,7 +8,7 @@ Four programs take turns in one process: ours; ours with every product left to M
 way round, with every product of six tokens or more in NumPy, both up to 64 tokens; and mlx-lm. The
 busy core is a second process that counts. `--rows` measures from how many rows on unpacking a
 weight and one product in NumPy is faster than MLX's product row by row, by format: the constants
-of `linear.py`. Prints conditions, a table, and one JSON line last.
+of `cpu.py`. Prints conditions, a table, and one JSON line last.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from synthetic import BASE, write_folder
 
 from mlx_dsv3.checkpoint.format import Quantization
 from mlx_dsv3.load import load_model
-from mlx_dsv3.model import linear
+from mlx_dsv3.model import cpu
 
 TOKENS = (8, 16, 24, 32, 64, 128, 256, 512)
 MOST_FORCED = 64  # tokens, of the programs that must not choose
@@ -50,15 +50,15 @@ def seconds_of(model, ids: mx.array) -> float:
 @contextmanager
 def all_in_mlx() -> Iterator[None]:
     """Leave every product to MLX, as on a GPU."""
-    with mock.patch.object(linear, "on_cpu", lambda x: False):
+    with mock.patch.object(cpu, "computes", lambda x: False):
         yield
 
 
 @contextmanager
 def all_in_numpy() -> Iterator[None]:
     """Take NumPy for a single row of an expert too."""
-    rows = dict.fromkeys(linear.FEWEST_ROWS, 1)
-    with mock.patch.dict(linear.FEWEST_ROWS, rows), mock.patch.object(linear, "WAIT_ROWS", 0):
+    one = mock.patch.object(cpu, "fewest_rows", lambda packing: 1)
+    with one, mock.patch.object(cpu, "WAIT_ROWS", 0):
         yield
 
 
@@ -122,12 +122,12 @@ def least(function: Callable[[], object], runs: int = 7) -> float:
 def measure_rows() -> list[dict]:
     """Measure, for each format and size, the rows at which both products take the same time."""
     found = []
-    for mode, bits in linear.FEWEST_ROWS:
+    for mode, bits in ((mode, bits) for mode, rows in cpu.FEWEST_ROWS.items() for bits in rows):
         group_size = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16}.get(mode, 64)
         for shape in SIZES:
-            rows = equal_rows(Quantization(bits, group_size, mode), shape)
-            found.append({"mode": mode, "bits": bits, "shape": shape, "rows": rows})
-            print(f"{mode} {bits} bits, {shape[0]} x {shape[1]}: equal at {rows:.1f} rows")
+            equal = equal_rows(Quantization(bits, group_size, mode), shape)
+            found.append({"mode": mode, "bits": bits, "shape": shape, "rows": equal})
+            print(f"{mode} {bits} bits, {shape[0]} x {shape[1]}: equal at {equal:.1f} rows")
     return found
 
 
@@ -142,7 +142,7 @@ def equal_rows(packing: Quantization, shape: tuple[int, int]) -> float:
     row_s = least(
         lambda: mx.eval(mx.quantized_matmul(x, weight, scales, biases, transpose=True, **settings))
     )
-    return least(lambda: linear.multiply(few, weight, scales, biases, packing)) / (row_s / 32)
+    return least(lambda: cpu.multiply(few, weight, scales, biases, packing)) / (row_s / 32)
 
 
 @contextmanager
@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", type=Path)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
-    parser.add_argument("--rows", action="store_true", help="measure the constants of linear.py")
+    parser.add_argument("--rows", action="store_true", help="measure the constants of cpu.py")
     options = parser.parse_args()
     if options.rows:
         conditions = print_conditions()

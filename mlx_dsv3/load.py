@@ -21,6 +21,7 @@ from mlx_dsv3.checkpoint.headers import TensorInfo
 from mlx_dsv3.config import ModelArgs, read_json
 from mlx_dsv3.device import default_dtype, limit_memory
 from mlx_dsv3.errors import UserError
+from mlx_dsv3.experts.products import RoutedExperts
 from mlx_dsv3.experts.store import ExpertStore
 from mlx_dsv3.memory import MemoryPlan, make_plan
 from mlx_dsv3.model.decoder import Model
@@ -157,7 +158,7 @@ def fill_model(folder: Folder, store: ExpertStore, dtype: mx.Dtype) -> tuple[Mod
     join_layers(model)
     for i, layer in enumerate(model.layers):
         if isinstance(layer.mlp, MoE):
-            layer.mlp.bank = store.open_layer(i)
+            layer.mlp.experts = RoutedExperts(store.open_layer(i))
     return model, load_mtp(folder, model, store, dtype) if folder.sidecar else None
 
 
@@ -204,7 +205,7 @@ def load_mtp(folder: Folder, model: Model, store: ExpertStore, dtype: mx.Dtype) 
             )
     fill(mtp, {name.removeprefix(prefix): array for name, array in weights.items()}, SIDECAR)
     join_layers(mtp)
-    mtp.mlp.bank = store.open_layer(args.num_hidden_layers)
+    mtp.mlp.experts = RoutedExperts(store.open_layer(args.num_hidden_layers))
     return mtp
 
 

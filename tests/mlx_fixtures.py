@@ -10,6 +10,7 @@ from parity.pairs import Pair, load_reference
 
 from convert.__main__ import main as convert
 from mlx_dsv3.load import load_model
+from mlx_dsv3.model import cpu
 
 # Every test but those of the `metal` lane runs on the CPU backend, also on a Mac: the bits that
 # they compare, and bounds near a float32 rounding error, are promised there. Programs that they
@@ -21,6 +22,13 @@ mx.set_default_device(mx.cpu)
 def fixed_mlx_seed():
     """Give every test the same random state of MLX, whatever ran before it."""
     mx.random.seed(0)
+
+
+@pytest.fixture(params=["numpy", "mlx"])
+def both_ways(request, monkeypatch):
+    """Run a test twice: with `model/cpu.py`, and with every product left to MLX, as on a GPU."""
+    if request.param == "mlx":
+        monkeypatch.setattr(cpu, "computes", lambda x: False)
 
 
 @pytest.fixture(scope="session")

@@ -190,7 +190,7 @@ def test_activation_dtype(folder):
             for name, array in tree_flatten(module.parameters()):
                 assert array.dtype == (mx.float32 if "mlp.gate." in name else dtype), name
         assert model(mx.array([[1, 2]])).dtype == dtype
-        assert model.layers[1].mlp.bank.down.weight.dtype == dtype
+        assert model.layers[1].mlp.experts.bank.down.weight.dtype == dtype
     loaded = load_model(folder)
     model, store = loaded.model, loaded.store
     store.close()

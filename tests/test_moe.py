@@ -15,10 +15,12 @@ from parity.faults import select
 from mlx_dsv3.checkpoint.format import Quantization
 from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.decoding.draft_control import MAX_DRAFTS
+from mlx_dsv3.experts import products
+from mlx_dsv3.experts.products import compute_experts, compute_lazily
 from mlx_dsv3.experts.store import Projection
-from mlx_dsv3.model import linear, moe
+from mlx_dsv3.model import cpu
 from mlx_dsv3.model.linear import Joined, Linear
-from mlx_dsv3.model.moe import MLP, Gate, MoE, compute_experts, route, routed_resident
+from mlx_dsv3.model.moe import MLP, Gate, MoE, route
 
 # spec 3.5, the worked example
 LOGITS = mx.array([[0.0, -1.5, 1.7, 1.9, -1.7, -2.0, -1.8, 0.9, 1.4, -1.7, -2.0, 0.2]])
@@ -189,23 +191,22 @@ def random_bank(experts: int, hidden: int, width: int, packing: Quantization | N
     return ArrayBank(projection(0, 2 * width, hidden), projection(1, hidden, width), experts)
 
 
-def random_mixture(packing) -> tuple[MoE, mx.array, mx.array]:
-    args = make_args(hidden_size=128, moe_intermediate_size=64)
-    mixture = MoE(args)
-    mixture.bank = random_bank(args.n_routed_experts, 128, 64, packing)
+def random_choices(packing) -> tuple[ArrayBank, mx.array, mx.array]:
+    """Return a bank, 90 states and three experts for each."""
+    bank = random_bank(16, 128, 64, packing)
     x = mx.random.normal((90, 128), key=mx.random.key(2))
     indices = mx.argsort(mx.random.uniform(shape=(90, 16), key=mx.random.key(3)), axis=-1)[:, :3]
-    return mixture, x, mx.sort(indices, axis=-1)
+    return bank, x, mx.sort(indices, axis=-1)
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_sorted_rows_equal_unsorted_rows(packing):
     """Rows sent back in the wrong order, or a prefill that rounds unlike decoding."""
-    mixture, x, indices = random_mixture(PACKINGS[packing])
-    assert indices.size >= 4 * mixture.bank.num_experts
-    is_sorted = routed_resident(mixture.bank, x, indices)
-    mixture.bank.num_experts = indices.size
-    unsorted = routed_resident(mixture.bank, x, indices)
+    bank, x, indices = random_choices(PACKINGS[packing])
+    assert indices.size >= 4 * bank.num_experts
+    is_sorted = compute_lazily(bank, x, indices)
+    bank.num_experts = indices.size
+    unsorted = compute_lazily(bank, x, indices)
     assert is_sorted.shape == (90, 3, 128)
     assert same_bits(is_sorted, unsorted)
 
@@ -213,15 +214,15 @@ def test_sorted_rows_equal_unsorted_rows(packing):
 @pytest.mark.parametrize("rows, is_sorted", [(3, False), (63, False), (66, True), (270, True)])
 def test_four_rows_an_expert_are_sorted(monkeypatch, rows, is_sorted):
     """Unsorted, a long prefill would read each expert's weights once a row."""
-    mixture, x, indices = random_mixture(None)
+    bank, x, indices = random_choices(None)
     used = []
 
     def spy(bank, x, slots, is_sorted):
         used.append((is_sorted, slots.flatten().tolist()))
         return compute_experts(bank, x, slots, is_sorted)
 
-    monkeypatch.setattr(moe, "compute_experts", spy)
-    routed_resident(mixture.bank, x[: rows // 3], indices[: rows // 3])
+    monkeypatch.setattr(products, "compute_experts", spy)
+    compute_lazily(bank, x[: rows // 3], indices[: rows // 3])
     ((was_sorted, slots),) = used
     assert was_sorted == is_sorted and len(slots) == rows
     assert not is_sorted or slots == sorted(slots)
@@ -230,18 +231,18 @@ def test_four_rows_an_expert_are_sorted(monkeypatch, rows, is_sorted):
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_token_does_not_see_its_neighbours(packing):
     """A token's experts give the same bits alone and among 90."""
-    mixture, x, indices = random_mixture(PACKINGS[packing])
-    whole = routed_resident(mixture.bank, x, indices)
+    bank, x, indices = random_choices(PACKINGS[packing])
+    whole = compute_lazily(bank, x, indices)
     for token in 0, 41, 89:
-        alone = routed_resident(mixture.bank, x[token : token + 1], indices[token : token + 1])
+        alone = compute_lazily(bank, x[token : token + 1], indices[token : token + 1])
         assert same_bits(alone, whole[token : token + 1])
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_result_does_not_depend_on_slots(packing):
     """An expert gives the same bits in whichever slot of its bank it lies."""
-    mixture, x, indices = random_mixture(PACKINGS[packing])
-    bank, order = mixture.bank, mx.random.permutation(16, key=mx.random.key(5))
+    bank, x, indices = random_choices(PACKINGS[packing])
+    order = mx.random.permutation(16, key=mx.random.key(5))
 
     def moved(projection: Projection) -> Projection:
         parts = (projection.weight, projection.scales, projection.biases)
@@ -258,7 +259,7 @@ def test_result_does_not_depend_on_slots(packing):
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_experts_equal_a_loop(packing):
     """silu on the wrong half, a transposed weight, an expert's rows given to its neighbour."""
-    mixture, x, indices = random_mixture(PACKINGS[packing])
+    bank, x, indices = random_choices(PACKINGS[packing])
     packed = PACKINGS[packing]
 
     def dense(projection: Projection, expert: int) -> mx.array:
@@ -268,11 +269,11 @@ def test_experts_equal_a_loop(packing):
             return parts[0]
         return mx.dequantize(*parts, packed.group_size, packed.bits, packed.mode, dtype=mx.float32)
 
-    y = routed_resident(mixture.bank, x, indices)
+    y = compute_lazily(bank, x, indices)
     for token, choice in (0, 0), (41, 2), (89, 1):
         expert = indices[token, choice].item()
-        gate, up = mx.split(dense(mixture.bank.gate_up, expert) @ x[token], 2)
-        expected = dense(mixture.bank.down, expert) @ (nn.silu(gate) * up)
+        gate, up = mx.split(dense(bank.gate_up, expert) @ x[token], 2)
+        expected = dense(bank.down, expert) @ (nn.silu(gate) * up)
         assert_close(f"token {token}", y[token, choice], expected, FORMS)
 
 
@@ -316,16 +317,16 @@ def test_joined_layers_equal_separate_ones(formats, products):
 @pytest.mark.parametrize("block_bytes", [1 << 20, 40 * 4 * 64])
 def test_many_rows_equal_few(monkeypatch, packing, block_bytes):
     """On a CPU many rows take another product: the same numbers, whatever the blocks."""
-    monkeypatch.setattr(linear, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(cpu, "BLOCK_BYTES", block_bytes)
     layer, q = Linear(64, 96), PACKINGS[packing]
     if q is not None:
         layer = layer.to_quantized(group_size=q.group_size, bits=q.bits, mode=q.mode)
     x = mx.random.normal((2, 24, 64), key=mx.random.key(0))
     rows = [layer(x[:, i : i + 1]) for i in range(24)]
     assert_close(packing, layer(x), mx.concatenate(rows, axis=1), LAYER)
-    most = max(linear.MIN_TOKENS, linear.fewest_rows(q) + linear.WAIT_ROWS) - 1
+    most = max(cpu.MIN_TOKENS, cpu.fewest_rows(q) + cpu.WAIT_ROWS) - 1
     few, many = layer(x[:, :most]), layer(x)
-    monkeypatch.setattr(linear, "on_cpu", lambda x: False)
+    monkeypatch.setattr(cpu, "computes", lambda x: False)
     assert same_bits(few, layer(x[:, :most]))
     assert most >= 24 or not same_bits(many, layer(x))  # both products did run
 
@@ -340,14 +341,14 @@ def test_a_format_that_was_not_measured(monkeypatch):
 
 def test_verification_never_takes_the_product_of_many_rows():
     """Its rows must equal those of plain steps to the bit."""
-    assert linear.MIN_TOKENS > MAX_DRAFTS + 1
+    assert cpu.MIN_TOKENS > MAX_DRAFTS + 1
 
 
 def test_products_leave_the_threads_of_blas_alone():
     """Two BLAS threads that wait for each other took 24 ms for a product of 1 ms, a core busy."""
 
     def threads() -> set[int]:
-        return {info["num_threads"] for info in linear.blas().info() if info["user_api"] == "blas"}
+        return {info["num_threads"] for info in cpu.blas().info() if info["user_api"] == "blas"}
 
     before, seen = threads(), []
 
@@ -358,7 +359,7 @@ def test_products_leave_the_threads_of_blas_alone():
             return getattr(ufunc, method)(*plain, out=tuple(map(np.asarray, out)), **options)
 
     x = np.ones((9, 64), np.float32).view(Watched)
-    linear.multiply(x, mx.ones((32, 64)), None, None, None)
+    cpu.multiply(x, mx.ones((32, 64)), None, None, None)
     assert seen == [{1} if before else set()]  # Accelerate has no switch
     assert threads() == before
 

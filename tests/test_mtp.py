@@ -29,7 +29,7 @@ def test_embedding_and_head_are_the_main_models(pair):
 def test_layer_is_moe_even_in_a_dense_model(random_pair):
     """first_k_dense_replace counts the main model's layers, not this one."""
     pair = random_pair(tiny.A | {"num_hidden_layers": 1, "first_k_dense_replace": 1})
-    assert pair.mtp.mlp.bank is not None
+    assert pair.mtp.mlp.experts is not None
     ids = random_ids(1, 8)
     _, g = pair.reference(ids)
     expected, _ = pair.reference.mtp(g[:, :-1], ids[:, 1:])

@@ -18,10 +18,11 @@ from mlx_dsv3.checkpoint.headers import read_headers
 from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.experts import files as expert_files
+from mlx_dsv3.experts import products
 from mlx_dsv3.experts import store as expert_store
 from mlx_dsv3.experts.store import EMPTY, ExpertStore
 from mlx_dsv3.load import load_model, plan_memory
-from mlx_dsv3.model import linear, moe
+from mlx_dsv3.model import cpu
 
 CONFIG = tiny.D | {
     "hidden_size": 128,
@@ -32,7 +33,7 @@ CONFIG = tiny.D | {
     "n_group": 8,
     "topk_group": 4,
 }
-STREAMING = (expert_store.__file__, moe.__file__)
+STREAMING = (expert_store.__file__, products.__file__)
 E, K = CONFIG["n_routed_experts"], CONFIG["num_experts_per_tok"]
 PACKINGS = {
     "q4": {"bits": 4, "group_size": 64, "mode": "affine"},
@@ -114,7 +115,7 @@ def test_200_tokens_are_the_same_bits_at_every_capacity(folder_of, packing, arra
 def test_gathered_prefills_are_the_same_bits_too(folder_of, packing, monkeypatch):
     """A GPU gathers rows where a CPU takes one dense product an expert."""
     on_host, _ = logits_of(folder_of(packing), E, 0)
-    monkeypatch.setattr(linear, "on_cpu", lambda x: False)
+    monkeypatch.setattr(cpu, "computes", lambda x: False)
     resident, _ = logits_of(folder_of(packing), E, 0)
     for capacity in K, E // 4:
         streamed, store = logits_of(folder_of(packing), capacity, 0)
@@ -143,7 +144,7 @@ def test_a_resident_bank_keeps_no_activations(folder_of):
 
 def test_padded_waves_give_the_same_bits(folder_of, monkeypatch):
     """On Metal the rows of a wave are padded to keep its kernel; no Linux test reaches that."""
-    monkeypatch.setattr(linear, "on_cpu", lambda x: False)
+    monkeypatch.setattr(cpu, "computes", lambda x: False)
     resident, _ = logits_of(folder_of("q4"), E, 0)
     from mlx_dsv3.experts.store import Bank
 
@@ -216,12 +217,12 @@ def test_a_slot_is_not_overwritten_under_a_lazy_graph(folder_of):
     first, second = np.arange(K, dtype=np.int32), np.arange(K, 2 * K, dtype=np.int32)
     bank.begin(first).wait()
     slots = bank.slot_of[first]
-    lazy = moe.compute_experts(bank, x, mx.array(slots), False)
+    lazy = products.compute_experts(bank, x, mx.array(slots), False)
     bank.read_by(slots, lazy)
-    now = np.array(moe.compute_experts(bank, x, mx.array(slots), False))
+    now = np.array(products.compute_experts(bank, x, mx.array(slots), False))
     bank.begin(second).wait()
     assert np.array_equal(np.array(lazy), now)
-    again = moe.compute_experts(bank, x, mx.array(bank.slot_of[second]), False)
+    again = products.compute_experts(bank, x, mx.array(bank.slot_of[second]), False)
     assert not np.array_equal(np.array(again), now)
     store.close()
 
@@ -295,7 +296,7 @@ def test_reads_are_joined_before_an_exception_leaves(folder_of, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(expert_files.os, "preadv", counted)
-    monkeypatch.setattr(moe.Rows, "compute", interrupted)
+    monkeypatch.setattr(products.Choices, "compute", interrupted)
     with pytest.raises(KeyboardInterrupt):
         model(mx.array(PROMPT[None]))
     assert under_way == [0]

@@ -132,8 +132,8 @@ def fingerprint(model: Model) -> str:
         digest.update(f"{name} {array.shape} {array.dtype}".encode())
         digest.update(memoryview(mx.contiguous(array.flatten()[:16]).view(mx.uint8)))
     for name, module in sorted(model.named_modules()):
-        if (bank := getattr(module, "bank", None)) is not None:
-            digest.update(f"{name} {bank.gate_up.weight.shape[1:]}".encode())
+        if (experts := getattr(module, "experts", None)) is not None:
+            digest.update(f"{name} {experts.bank.gate_up.weight.shape[1:]}".encode())
     return digest.hexdigest()
 
 

@@ -42,7 +42,7 @@ from mlx_dsv3.experts.files import (
     convert_floats,
     read_exactly,
 )
-from mlx_dsv3.model.linear import fewest_rows, multiply
+from mlx_dsv3.model.cpu import fewest_rows, multiply
 
 NUM_READERS = 12
 # A reader that wants the GIL waits up to this long for the main thread (Python's default is 5 ms).

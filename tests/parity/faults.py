@@ -250,15 +250,16 @@ def lexicographic_experts(monkeypatch, pair):
     """Experts stacked in the order 0, 1, 10, 11, ..., 2, ..."""
     order = mx.array(sorted(range(pair.args.n_routed_experts), key=str))
     for mixture in mixtures(pair):
-        for projection in (mixture.bank.gate_up, mixture.bank.down):
+        for projection in (mixture.experts.bank.gate_up, mixture.experts.bank.down):
             projection.weight = projection.weight[order]
 
 
 def gate_and_up_swapped(monkeypatch, pair):
     """silu on the wrong half of the fused projection."""
     for mixture in mixtures(pair):
-        gate, up = mx.split(mixture.bank.gate_up.weight, 2, axis=1)
-        mixture.bank.gate_up.weight = mx.concatenate([up, gate], axis=1)
+        projection = mixture.experts.bank.gate_up
+        gate, up = mx.split(projection.weight, 2, axis=1)
+        projection.weight = mx.concatenate([up, gate], axis=1)
 
 
 # --- weight layouts -------------------------------------------------------------------------
