@@ -1,4 +1,4 @@
-"""Who may import whom (design section 2), read from the sources and checked in a fresh process."""
+"""Who may import whom (design 2), read from the sources and checked in a fresh process."""
 
 import ast
 import subprocess
