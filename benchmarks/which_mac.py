@@ -23,8 +23,9 @@ from convert.plan import build
 from convert.recipe import RECIPES
 from mlx_dsv3.checkpoint.headers import TensorInfo
 from mlx_dsv3.config import ModelArgs
+from mlx_dsv3.device import BUFFER_CACHE_BYTES, buffer_cache_bytes
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.memory import BUFFER_CACHE_BYTES, USABLE_SHARE, MemoryPlan, make_plan
+from mlx_dsv3.memory import USABLE_SHARE, MemoryPlan, make_plan
 
 MEMORIES = (16, 24, 32, 64, 96, 128, 192, 256, 512)  # GB of 2^30 bytes, as they are sold
 V3 = BASE | {
@@ -76,9 +77,9 @@ def headers(config: dict, recipe: str) -> dict[str, TensorInfo]:
 
 
 def allowed_bytes(memory: int) -> int:
-    """Return what a plan may use on a Mac with so many GB."""
+    """Return what a plan may use on a Mac with so many GB, whatever this machine is."""
     recommended = memory * 2**30 * (2 / 3 if memory <= 32 else 3 / 4)
-    return int(recommended * USABLE_SHARE) - BUFFER_CACHE_BYTES
+    return int(recommended * USABLE_SHARE) - (BUFFER_CACHE_BYTES - buffer_cache_bytes())
 
 
 def words(plan: MemoryPlan, args: ModelArgs, bandwidth: float) -> str:
@@ -91,7 +92,8 @@ def words(plan: MemoryPlan, args: ModelArgs, bandwidth: float) -> str:
         for i in layers
     )
     rate = bandwidth * 1e9 / read
-    return f"{plan.expert_bytes / plan.resident_bytes:.0%}, {rate:.{0 if rate >= 10 else 1}f}/s"
+    held = 100 * plan.expert_bytes / plan.resident_bytes
+    return f"{held:.0f} %, {rate:.{0 if rate >= 10 else 1}f}/s"
 
 
 def cell(tensors: dict, args: ModelArgs, memory: int, context: int, bandwidth: float) -> str:

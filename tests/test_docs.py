@@ -1,9 +1,23 @@
 """The pages say what is so: references, paths, links, flags, examples and the recorded session."""
 
+import io
 import re
+import runpy
+import shlex
+import sys
+from contextlib import redirect_stdout
+from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import pytest
+
+pytest.importorskip("mlx")
+import which_mac
+
+from mlx_dsv3.conversation.messages import Conversation
+from mlx_dsv3.generate import stream
+from mlx_dsv3.load import load
 
 ROOT = Path(__file__).parents[1]
 PAGES = {"spec": ROOT / "docs/model.md", "design": ROOT / "docs/design.md"}
@@ -115,3 +129,120 @@ def test_paths_exist(page):
     )
     missing = sorted({name.rstrip(".") for name in names if not is_there(name.rstrip("."))})
     assert not missing
+
+
+def blocks(page: Path, language: str = "") -> list[str]:
+    """Return the fenced blocks of a page in a language."""
+    text = page.read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.M | re.S)
+
+
+EXAMPLES = [(page, code) for page in READ for code in blocks(page, "python")]
+
+
+@pytest.mark.parametrize("page, code", EXAMPLES, ids=lambda x: getattr(x, "name", ""))
+def test_python_examples_run(page, code, converted, tmp_path, monkeypatch, capsys):
+    """Every Python example of every page runs; its `models/NAME` is the demo model in 4 bits."""
+    monkeypatch.chdir(tmp_path)
+    Path("models").mkdir()
+    for name in re.findall(r"models/([\w-]+)", code):
+        Path("models", name).symlink_to(converted("q4"))
+    exec(compile(code, str(page), "exec"), {"__name__": "example"})
+    if page.name == "README.md":
+        assert capsys.readouterr().out == "The capital of France is Paris."
+
+
+def test_there_is_an_example_of_load_and_stream():
+    assert any("load(" in code and "stream(" in code for _, code in EXAMPLES)
+
+
+def recorded_session() -> list[tuple[str, str]]:
+    """Return the turns of the README's session: questions behind `>>> `, and replies."""
+    session = next(block for block in blocks(ROOT / "README.md") if ">>> " in block)
+    turns = session.split(">>> ")[1:]
+    return [tuple(turn.strip().split("\n", 1)) for turn in turns]
+
+
+def test_recorded_session_is_what_the_demo_model_says(converted):
+    """Greedily, in 4 bits, as `make demo` opens it; the second answer needs the first turn."""
+    loaded = load(converted("q4"), context=1024)
+    conversation, turns = Conversation(loaded.tokenizer), recorded_session()
+    assert len(turns) >= 3
+    for question, reply in turns:
+        conversation.add_user(question)
+        text = "".join(piece.text for piece in stream(loaded, conversation.prompt_ids()))
+        assert text == reply
+        conversation.add_assistant(text)
+    loaded.store.close()
+
+
+@pytest.mark.parametrize(
+    "column", [0, 1, *(pytest.param(i, marks=pytest.mark.slow) for i in (2, 3))]
+)
+def test_which_mac_runs_what(column, monkeypatch):
+    """A column of the README's table is what the memory plan says today."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if " GB | " in line]
+    table = {row[0]: row[1 + column] for row in rows if len(row) == 1 + len(which_mac.COLUMNS)}
+    monkeypatch.setattr(which_mac, "COLUMNS", which_mac.COLUMNS[column : column + 1])
+    assert table == dict(which_mac.table())
+
+
+RUN_TWICE = pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+
+
+@cache
+def help_of(program: tuple[str, ...]) -> str:
+    """Return the help of a program, or a benchmark's source, whose flags are there as they are."""
+    if program[0].startswith("benchmarks/"):
+        return (ROOT / program[0]).read_text(encoding="utf-8")
+    if program[0] == "-m":
+        run, name, *more = runpy.run_module, *program[1:]
+    else:
+        run, name, *more = runpy.run_path, *program
+    out = io.StringIO()
+    with mock.patch.object(sys, "argv", [name, *more, "--help"]), redirect_stdout(out):
+        with pytest.raises(SystemExit, match="0"):
+            run(name if program[0] == "-m" else str(ROOT / name), run_name="__main__")
+    return out.getvalue()
+
+
+PROGRAM = re.compile(
+    r"python ((?:-m )?[\w./]+)(?: (plan|run|verify|mtp|perplexity|capacities)\b)?([^`#\n]*)"
+)
+
+
+def commands(page: Path) -> list[tuple[tuple[str, ...], set[str]]]:
+    """Return (program and subcommand, flags) of every `python ...` of a page."""
+    found = []
+    for program, subcommand, rest in PROGRAM.findall(page.read_text(encoding="utf-8")):
+        flags = {word.strip("[]").split("=")[0] for word in rest.split() if "--" in word}
+        found.append(((*shlex.split(program), *filter(None, [subcommand])), flags))
+    return found
+
+
+@RUN_TWICE
+@pytest.mark.parametrize("page", NAMING, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_take_their_flags(page):
+    """A program that a page calls exists and knows every flag that is shown with it."""
+    for program, flags in commands(page):
+        if "..." in program[-1] or program[-1] in ("pytest", "demo.questions"):
+            continue
+        text = help_of(program)
+        assert not {flag for flag in flags if not re.search(rf"{flag}\b", text)}, program
+
+
+@RUN_TWICE
+def test_flags_of_the_readme_are_in_a_help():
+    """A flag that stands alone, as `--context N` does, is one of the chat's or the converter's."""
+    programs = [("chat.py",), *(("-m", "convert", name) for name in ("plan", "run", "verify"))]
+    known = "".join(map(help_of, programs))
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
+    assert len(flags) > 10
+    assert not {flag for flag in flags if not re.search(rf"{flag}\b", known)}
+
+
+def test_the_first_command_of_the_readme_comes_early():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text[: text.index("```")].count("\n") < 20
