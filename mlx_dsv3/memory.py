@@ -69,11 +69,16 @@ class MemoryPlan:
     def is_resident(self) -> bool:
         return all(count == self.num_experts for count in self.slots.values())
 
-    def rows(self) -> list[tuple[str, int, str]]:
-        """Return (what, bytes, remark) for a table."""
+    @property
+    def experts_words(self) -> str:
+        """Say how many experts are in memory."""
         slots = sorted(set(self.slots.values()))
         count = "-".join(str(slots[i]) for i in sorted({0, len(slots) - 1})) if slots else "0"
         kind = "resident" if self.is_resident else "streamed"
+        return f"{kind}: {count} of {self.num_experts} a layer"
+
+    def rows(self) -> list[tuple[str, int, str]]:
+        """Return (what, bytes, remark) for a table."""
         return [
             ("trunk", self.trunk_bytes, "everything but routed experts"),
             ("MTP module", self.mtp_bytes, "without its experts"),
@@ -83,7 +88,7 @@ class MemoryPlan:
                 self.transient_bytes,
                 f"{self.prefill_chunk:,} tokens of prompt at once",
             ),
-            ("experts", self.expert_bytes, f"{kind}: {count} of {self.num_experts} a layer"),
+            ("experts", self.expert_bytes, self.experts_words),
         ]
 
 

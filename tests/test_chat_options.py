@@ -11,9 +11,12 @@ import mlx.core as mx
 import pytest
 
 import chat
+from mlx_dsv3.conversation.settings import make_sampler
+from mlx_dsv3.decoding.draft_control import fixed_drafts
 from mlx_dsv3.decoding.sampler import Sampler
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.generate import make_control
+from mlx_dsv3.terminal.trace import check_writable
 
 ROOT = Path(__file__).parents[1]
 BAD = {
@@ -85,7 +88,7 @@ def test_a_wrong_command_line_is_one_sentence(arguments, words):
 
 def sampler_of(folder: Path, *arguments: str, **config) -> Sampler:
     (folder / "generation_config.json").write_text(json.dumps(config))
-    return chat.make_sampler(parse(*arguments), folder)
+    return make_sampler(folder, vars(parse(*arguments)))
 
 
 @pytest.mark.parametrize(
@@ -133,32 +136,29 @@ def test_extreme_settings_are_greedy(settings):
     assert [sampler(logits, position).item() for position in range(20)] == [2] * 20
 
 
-def check(*arguments, has_mtp: bool = True) -> None:
-    chat.check_before_load(parse(*arguments), has_mtp)
-
-
 def test_trace_is_tried_before_the_load_and_left_as_it_is(tmp_path):
     """A load of minutes and then `Permission denied`; or a trace lost to a load that failed."""
-    check("--trace", tmp_path / "new")
+    check_writable(tmp_path / "new")
     assert not list(tmp_path.iterdir())
     (tmp_path / "old").write_text("[3, [[1, 2]]]\n")
-    check("--trace", tmp_path / "old")
+    check_writable(tmp_path / "old")
     assert (tmp_path / "old").read_text() == "[3, [[1, 2]]]\n"
 
 
 @pytest.mark.parametrize("name", ["", "absent/trace", "x" * 300])
 def test_trace_that_cannot_be_written(tmp_path, name):
     with pytest.raises(UserError, match="cannot be written") as error:
-        check("--trace", tmp_path / name)
+        check_writable(tmp_path / name)
     assert error.value.hint
 
 
-def test_drafts_without_the_module_say_what_the_gate_says():
-    """Two places refuse the same thing; they must not send people to different commands."""
-    check("--drafts", "0", has_mtp=False)
-    check("--drafts", "auto", has_mtp=False)
-    with pytest.raises(UserError) as early:
-        check("--drafts", "2", has_mtp=False)
-    with pytest.raises(UserError) as late:
-        make_control(SimpleNamespace(mtp=None), "2")
-    assert str(early.value) == str(late.value)
+def test_drafts_are_judged_in_one_place():
+    """Option, folder and API refused the same thing in four places, two texts among them."""
+    assert [fixed_drafts(value) for value in ("auto", "0", 4)] == [None, 0, 4]
+    assert fixed_drafts("auto", has_mtp=False) is None and fixed_drafts(0, has_mtp=False) == 0
+    without = SimpleNamespace(mtp=None)
+    assert make_control(without, "auto").fixed == make_control(without, 0).fixed == 0
+    for judge in (lambda: fixed_drafts("2", has_mtp=False), lambda: make_control(without, 2)):
+        with pytest.raises(UserError, match="`--drafts 2` needs the MTP module") as error:
+            judge()
+        assert "python -m convert mtp" in error.value.hint

@@ -11,6 +11,7 @@ import chat
 from demo_model.test_chat import QUESTION, refused, run
 from mlx_dsv3 import memory
 from mlx_dsv3.experts import files as expert_files
+from mlx_dsv3.terminal.repl import Chat, answer_line
 
 STREAMED = ("--expert-memory", "0.002")
 
@@ -20,14 +21,14 @@ def open_chat(demo_q4):
     """Return a function arguments -> Chat, in this process; stores are closed at the end."""
     chats = []
 
-    def start(*arguments: str) -> chat.Chat:
+    def start(*arguments: str) -> Chat:
         options = chat.make_parser().parse_args([str(demo_q4), *arguments])
-        chats.append(chat.Chat(options))
+        chats.append(chat.open_chat(options))
         return chats[-1]
 
     yield start
     for one in chats:
-        one.loaded.store.close()
+        one.session.loaded.store.close()
 
 
 def test_a_context_that_shrank_is_told(open_chat, capsys, monkeypatch):
@@ -35,26 +36,26 @@ def test_a_context_that_shrank_is_told(open_chat, capsys, monkeypatch):
     open_chat()
     assert "memory allows" not in capsys.readouterr().err
     monkeypatch.setattr(memory, "available_bytes", lambda: 2 * 10**8)
-    session = open_chat()
+    talk = open_chat()
     told = capsys.readouterr().err
-    assert f"memory allows a context of {session.loaded.plan.context:,} tokens\n" in told
+    assert f"memory allows a context of {talk.session.loaded.plan.context:,} tokens\n" in told
 
 
 def test_a_failure_after_the_reply_leaves_no_turn(open_chat, capsys, monkeypatch):
     """`The conversation is as it was before the turn`: also when the statistics fail."""
-    session = open_chat()
-    monkeypatch.setattr(session, "print_stats", lambda reason: 1 / 0)
-    chat.answer_line(session, QUESTION)
-    assert "ZeroDivisionError" in capsys.readouterr().err and not session.conversation.messages
+    talk = open_chat()
+    monkeypatch.setattr(talk, "show_end", lambda end: 1 / 0)
+    answer_line(talk, QUESTION)
+    assert "ZeroDivisionError" in capsys.readouterr().err and not talk.session.conversation.messages
 
 
 @pytest.mark.parametrize("where", ["prompt", "reply"])
 def test_no_failure_of_a_turn_ends_the_session(open_chat, capsys, monkeypatch, where):
     """A Metal allocation or a template that fails threw away the model, minutes of loading (H5)."""
-    session = open_chat("--stats", "off", "--drafts", "0")
-    chat.answer_line(session, QUESTION)
+    talk = open_chat("--stats", "off", "--drafts", "0")
+    answer_line(talk, QUESTION)
     first = capsys.readouterr().out
-    model, calls = session.loaded.model, []
+    model, calls = talk.session.loaded.model, []
     original = type(model).hidden
 
     def fails_once(self, ids, cache=None):
@@ -64,23 +65,23 @@ def test_no_failure_of_a_turn_ends_the_session(open_chat, capsys, monkeypatch, w
         return original(self, ids, cache)
 
     monkeypatch.setattr(type(model), "hidden", fails_once)
-    chat.answer_line(session, "And of Italy?")
+    answer_line(talk, "And of Italy?")
     told = capsys.readouterr().err
     assert re.match(
         r"error: the turn failed at `test_chat_options.py` line \d+: RuntimeError: "
         r"\[metal::malloc\] out of memory\n\nhint: the conversation is as it was",
         told.lstrip("\n"),
     )
-    assert [message["role"] for message in session.conversation.messages] == ["user", "assistant"]
-    chat.answer_line(session, "And of Italy?")
+    assert [message["role"] for message in talk.session.conversation.messages] == ["user", "assistant"]
+    answer_line(talk, "And of Italy?")
     assert "Paris" in first and "Rome" in capsys.readouterr().out
 
 
 def test_json_statistics_of_streamed_experts(open_chat, capsys):
     """One line a reply, nothing else, and figures of that reply: counters run since the load."""
-    session = open_chat("--stats", "json", *STREAMED, "--drafts", "2")
+    talk = open_chat("--stats", "json", *STREAMED, "--drafts", "2")
     for question in (QUESTION, "And of Italy?"):
-        chat.answer_line(session, question)
+        answer_line(talk, question)
         stats = json.loads(capsys.readouterr().err)
         drafts, experts = stats["drafts"], stats["experts"]
         assert stats["finish_reason"] == "stop" and stats["prompt_tps"] > 0 < stats["reply_tps"]
@@ -89,14 +90,14 @@ def test_json_statistics_of_streamed_experts(open_chat, capsys):
         assert "speed_up" in drafts
         assert experts["hit_rate"] == experts["hits"] / (experts["hits"] + experts["misses"])
         assert experts["bytes"] > 0 < experts["gb_per_s"] and experts["wait_s"] > 0
-        assert experts["layers"].keys() == set(map(str, session.loaded.store.banks))
+        assert experts["layers"].keys() == set(map(str, talk.session.loaded.store.banks))
         for name in ("hits", "misses", "bytes"):
             assert sum(layer[name] for layer in experts["layers"].values()) == experts[name]
 
 
 def test_json_statistics_of_resident_experts(open_chat, capsys):
-    session = open_chat("--stats", "json", "--max-tokens", "2")
-    chat.answer_line(session, QUESTION)
+    talk = open_chat("--stats", "json", "--max-tokens", "2")
+    answer_line(talk, QUESTION)
     stats = json.loads(capsys.readouterr().err)  # so `cut off` is no line of its own
     assert stats["experts"] is None and stats["finish_reason"] == "length"
 
@@ -108,20 +109,20 @@ def test_nothing_on_stderr_without_statistics(demo_q4):
 
 def test_stats_command_tells_the_last_reply(open_chat, capsys):
     """It told the sum since the load, so that one cold reply hid all later ones."""
-    session = open_chat("--stats", "off", *STREAMED, "--drafts", "0")
-    chat.answer_line(session, "/stats")
+    talk = open_chat("--stats", "off", *STREAMED, "--drafts", "0")
+    answer_line(talk, "/stats")
     assert capsys.readouterr().err == "no reply yet\n"
     for _ in range(2):
-        chat.answer_line(session, QUESTION)
-        chat.answer_line(session, "/clear")
+        answer_line(talk, QUESTION)
+        answer_line(talk, "/clear")
         capsys.readouterr()
-    counts = session.last_layers
-    assert 0 < sum(count.hits for count in counts.values()) < session.loaded.store.counters.hits
-    chat.answer_line(session, "/stats")
+    counts = talk.last.layers
+    assert 0 < sum(count.hits for count in counts.values()) < talk.session.loaded.store.counters.hits
+    answer_line(talk, "/stats")
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("layer ")]
     assert len(lines) == len(counts)
     for line, (layer, count) in zip(lines, counts.items(), strict=True):
-        capacity = session.loaded.store.banks[layer].capacity
+        capacity = talk.session.loaded.store.banks[layer].capacity
         assert line.startswith(f"layer {layer}: {capacity} slots, {count.hit_rate:.0%} hits, ")
 
 
@@ -160,10 +161,10 @@ def test_drafts_of_no_folder_is_no_folder(tmp_path):
 
 def test_a_read_error_inside_a_reply(open_chat, capsys, monkeypatch):
     """The error begins its own line, the session goes on and knows nothing of the failed turn."""
-    session = open_chat(*STREAMED, "--stats", "off", "--drafts", "0")
-    chat.answer_line(session, QUESTION)
+    talk = open_chat(*STREAMED, "--stats", "off", "--drafts", "0")
+    answer_line(talk, QUESTION)
     answer = capsys.readouterr().out
-    chat.answer_line(session, "/clear")
+    answer_line(talk, "/clear")
     shown, preadv = [], os.preadv
 
     def failing(fd, buffers, offset):
@@ -176,7 +177,7 @@ def test_a_read_error_inside_a_reply(open_chat, capsys, monkeypatch):
             shown.append(text)
             if len(shown) == 3:
                 monkeypatch.setattr(expert_files.os, "preadv", failing)
-                for bank in session.loaded.store.banks.values():
+                for bank in talk.session.loaded.store.banks.values():
                     bank.forget(bank.expert_in[bank.expert_in >= 0])
 
         def flush(self):
@@ -184,11 +185,11 @@ def test_a_read_error_inside_a_reply(open_chat, capsys, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("sys.stdout", Break())
-        chat.answer_line(session, QUESTION)
+        answer_line(talk, QUESTION)
     monkeypatch.setattr(expert_files.os, "preadv", preadv)
     text = "".join(shown)
     assert text.endswith("\n") and text[:-1] and answer.startswith(text[:-1]) and text != answer
     assert "Input/output error" in capsys.readouterr().err
-    assert not session.conversation.messages
-    chat.answer_line(session, QUESTION)
+    assert not talk.session.conversation.messages
+    answer_line(talk, QUESTION)
     assert capsys.readouterr().out == answer

@@ -1,0 +1,31 @@
+"""The file of `--trace`: which experts each token chose, one JSON list per MoE layer and call.
+
+Each line is [layer, [[ids of the first token], ...]]; `benchmarks/policies.py` replays it. Layers
+whose experts are all in memory then read their ids back too, which costs the synchronisation that
+they otherwise save.
+"""
+
+import os
+from pathlib import Path
+
+from mlx_dsv3.errors import UserError
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a file that cannot be opened for writing; it stays as it is."""
+    try:
+        if path.is_fifo() or path.is_char_device():
+            return  # opening and closing would end whoever reads it
+        is_new = not os.path.lexists(path)
+        path.open("a").close()
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise refusal(path, error) from None
+
+
+def refusal(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"`{path}` cannot be written: {error.strerror}",
+        "give `--trace` a file in a folder that you may write to",
+    )
