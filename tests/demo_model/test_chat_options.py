@@ -72,7 +72,8 @@ def test_no_failure_of_a_turn_ends_the_session(open_chat, capsys, monkeypatch, w
         r"\[metal::malloc\] out of memory\n\nhint: the conversation is as it was",
         told.lstrip("\n"),
     )
-    assert [message["role"] for message in talk.session.conversation.messages] == ["user", "assistant"]
+    roles = [message["role"] for message in talk.session.conversation.messages]
+    assert roles == ["user", "assistant"]
     answer_line(talk, "And of Italy?")
     assert "Paris" in first and "Rome" in capsys.readouterr().out
 
@@ -116,13 +117,13 @@ def test_stats_command_tells_the_last_reply(open_chat, capsys):
         answer_line(talk, QUESTION)
         answer_line(talk, "/clear")
         capsys.readouterr()
-    counts = talk.last.layers
-    assert 0 < sum(count.hits for count in counts.values()) < talk.session.loaded.store.counters.hits
+    counts, store = talk.last.layers, talk.session.loaded.store
+    assert 0 < sum(count.hits for count in counts.values()) < store.counters.hits
     answer_line(talk, "/stats")
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("layer ")]
     assert len(lines) == len(counts)
     for line, (layer, count) in zip(lines, counts.items(), strict=True):
-        capacity = talk.session.loaded.store.banks[layer].capacity
+        capacity = store.banks[layer].capacity
         assert line.startswith(f"layer {layer}: {capacity} slots, {count.hit_rate:.0%} hits, ")
 
 
@@ -193,3 +194,24 @@ def test_a_read_error_inside_a_reply(open_chat, capsys, monkeypatch):
     assert not talk.session.conversation.messages
     answer_line(talk, QUESTION)
     assert capsys.readouterr().out == answer
+
+
+def test_ctrl_c_while_text_is_shown(open_chat, capsys, monkeypatch):
+    """A slow terminal: the reply ends there, as when Ctrl-C strikes the model."""
+    talk, shown = open_chat(), []
+
+    class Slow:
+        def write(self, text):
+            shown.append(text)
+            if len(shown) == 5:
+                raise KeyboardInterrupt
+
+        def flush(self):
+            pass
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", Slow())
+        answer_line(talk, QUESTION)
+    assert "(stopped)[prompt" in capsys.readouterr().err
+    kept = talk.session.conversation.messages[-1]["content"]
+    assert kept and "".join(shown) == f"{kept}\n"

@@ -1,0 +1,164 @@
+"""A session without a screen: events in order, and what stays of a turn that did not end well."""
+
+import signal
+
+import pytest
+from drafted import Drafted
+
+from mlx_dsv3.conversation.session import End, Session, Text
+from mlx_dsv3.errors import UserError
+from mlx_dsv3.generate import stream
+from mlx_dsv3.model.decoder import Model
+
+from .test_chat import QUESTION
+
+FOLLOW_UP = "And what is the capital of Italy?"
+STEP = 4  # of the reply, at which something happens: its first tokens are out
+
+
+@pytest.fixture
+def session(loaded) -> Session:
+    return Session(loaded, drafts=1)
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """Return a function (step, action): the action is taken when the model is next asked for it."""
+
+    def arrange(step: int, action) -> None:
+        original, calls = Model.hidden, []
+
+        def hidden(self, *arguments):
+            calls.append(arguments)
+            if len(calls) == step:
+                action()
+            return original(self, *arguments)
+
+        monkeypatch.setattr(Model, "hidden", hidden)
+
+    return arrange
+
+
+def said(events) -> str:
+    return "".join(event.text for event in events if isinstance(event, Text))
+
+
+def roles(session: Session) -> list[str]:
+    return [message["role"] for message in session.conversation.messages]
+
+
+def assert_goes_on(session: Session) -> None:
+    """Check the caches, and that the next turn reuses them and is what it is from scratch."""
+    loaded, state = session.loaded, session.state
+    if state.mtp_cache is not None:
+        Drafted(loaded.model, loaded.mtp).assert_exact(state, bound=1e-4)
+    held = len(state.ids)
+    *events, end = session.turn(FOLLOW_UP)
+    reply = session.conversation.messages.pop()["content"]
+    pieces = stream(loaded, session.conversation.prompt_ids(), drafts=0)
+    assert said(events) == reply == "".join(piece.text for piece in pieces)
+    assert 0 < held - 2 <= end.stats.reused_tokens
+
+
+def test_a_turn_is_texts_and_then_an_end(session, capsys):
+    """Terminal, pipe and endpoint read the same events; nothing is printed for them."""
+    *texts, end = session.turn(QUESTION)
+    assert all(isinstance(event, Text) for event in texts) and isinstance(end, End)
+    assert "Paris" in said(texts) and end.finish_reason == "stop" and end.layers == {}
+    assert end.stats.reply_tokens == len(texts) and end.stats.reused_tokens == 0
+    assert roles(session) == ["user", "assistant"]
+    assert session.conversation.messages[-1]["content"] == said(texts)
+    assert_goes_on(session)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_limit_ends_a_reply(loaded):
+    session = Session(loaded, max_tokens=3)
+    *texts, end = session.turn(QUESTION)
+    assert len(texts) == 3 and end.finish_reason == "length"
+    session.max_tokens = None  # settings may change between turns
+    *_, end = session.turn(FOLLOW_UP)
+    assert end.finish_reason == "stop"
+
+
+def test_the_system_prompt_stays_after_clear(loaded):
+    session = Session(loaded, system="Be brief.", drafts=0)
+    first = session.conversation.prompt_ids()
+    list(session.turn(QUESTION))
+    session.clear()
+    assert session.conversation.prompt_ids() == first
+    *_, end = session.turn(FOLLOW_UP)
+    assert end.stats.reused_tokens > len(first) // 2
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_closing_keeps_what_was_said(loaded, drafts):
+    """How an endpoint stops a reply whose client has left."""
+    session = Session(loaded, drafts=drafts)
+    events = session.turn(QUESTION)
+    text = said(next(events) for _ in range(STEP))
+    events.close()
+    assert text and session.conversation.messages[-1] == {"role": "assistant", "content": text}
+    assert_goes_on(session)
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_ctrl_c_inside_keeps_what_was_said(loaded, at_step, drafts):
+    """The signal strikes while the model computes: an end follows the texts."""
+    session = Session(loaded, drafts=drafts)
+    at_step(STEP, lambda: signal.raise_signal(signal.SIGINT))
+    *texts, end = session.turn(QUESTION)
+    assert said(texts) and end.finish_reason == "interrupted"
+    assert end.stats.reply_tokens == len(texts)
+    assert session.conversation.messages[-1]["content"] == said(texts)
+    assert_goes_on(session)
+
+
+def test_ctrl_c_in_the_reader_keeps_what_was_said(session):
+    """It strikes the reader more often than the model; then the reader throws it in."""
+    events = session.turn(QUESTION)
+    text = said(next(events) for _ in range(STEP))
+    end = events.throw(KeyboardInterrupt())
+    assert end.finish_reason == "interrupted" and end.stats.reply_tokens == STEP
+    assert list(events) == [] and session.conversation.messages[-1]["content"] == text
+    assert_goes_on(session)
+
+
+def test_ctrl_c_before_the_first_token(session, at_step):
+    """No statistics, and the session goes on."""
+    at_step(1, lambda: signal.raise_signal(signal.SIGINT))
+    (end,) = session.turn(QUESTION)
+    assert (end.finish_reason, end.stats) == ("interrupted", None)
+    assert "Rome" in said(session.turn(FOLLOW_UP))
+
+
+def test_an_error_leaves_no_turn(session, at_step):
+    """Nobody knows what it left in the caches: the next turn begins with empty ones."""
+    list(session.turn(QUESTION))
+    at_step(STEP, lambda: 1 / 0)
+    events = session.turn(FOLLOW_UP)
+    with pytest.raises(ZeroDivisionError):
+        list(events)
+    assert roles(session) == ["user", "assistant"] and session.state.ids == []
+    assert "Rome" in said(session.turn(FOLLOW_UP))
+
+
+@pytest.mark.parametrize("error", [OSError("the pipe is closed"), KeyboardInterrupt()])
+def test_an_error_of_the_reader_leaves_no_turn(session, error):
+    """Thrown in at the end of a reply, like a Ctrl-C there, a second one."""
+    events = session.turn(QUESTION)
+    while not isinstance(next(events), End):
+        pass
+    with pytest.raises(type(error)):
+        events.throw(error)
+    assert roles(session) == []
+
+
+def test_a_refusal_leaves_no_turn_and_keeps_the_caches(session, monkeypatch):
+    """A prompt that is too long cost the minutes of the conversation before it."""
+    list(session.turn(QUESTION))
+    held = list(session.state.ids)
+    monkeypatch.setattr(session.loaded.args, "max_position_embeddings", len(held) + 1)
+    with pytest.raises(UserError, match="max_position_embeddings"):
+        list(session.turn(FOLLOW_UP))
+    assert roles(session) == ["user", "assistant"] and session.state.ids == held
