@@ -174,7 +174,7 @@ def test_without_a_model_the_hint_is_make_demo(tmp_path):
 
 
 def test_model_that_is_no_folder(tmp_path):
-    refused(run(tmp_path / "absent", "-p", "Hi"), str(tmp_path / "absent"), "no folder")
+    refused(run(tmp_path / "absent", "-p", "Hi"), str(tmp_path / "absent"), "is not a folder")
 
 
 def test_model_without_weights(tmp_path, demo_q4):

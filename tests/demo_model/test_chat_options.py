@@ -157,7 +157,7 @@ def test_refused_before_the_load(demo_q4, tmp_path, how):
 
 def test_drafts_of_no_folder_is_no_folder(tmp_path):
     """Not `has no mtp.safetensors`, which is true of every folder that does not exist."""
-    refused(run(tmp_path / "absent", "--plan", "--drafts", "2"), "no folder")
+    refused(run(tmp_path / "absent", "--plan", "--drafts", "2"), "is not a folder")
 
 
 def test_a_read_error_inside_a_reply(open_chat, capsys, monkeypatch):
