@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from convert.inventory import layer_experts, main_tensors, mtp_tensors
-from convert.plan import Part, build, quantization_config
+from convert.manifest import quantization_config
+from convert.plan import Part
+from convert.planner import build
 from convert.recipe import RECIPES
 from convert.source import Source
 from mlx_dsv3.checkpoint.format import SIDECAR

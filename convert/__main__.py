@@ -15,15 +15,18 @@ with imports(__name__):
     from convert import recipe as recipes
     from convert import verify
     from convert.destination import SHARDS, Destination
-    from convert.hub import fetch_checked, missing_in_cache, open_repo
-    from convert.plan import Plan, build
-    from convert.progress import Progress, choose_style, size
+    from convert.download import Shards, disk_peak, open_repo
+    from convert.plan import Plan
+    from convert.planner import build
+    from convert.progress import Progress, choose_style
     from convert.report import plan_record, print_errors, print_plan
     from convert.run import run
-    from convert.shards import DEFAULT_JOBS, Shards, disk_peak
     from convert.sidecar import plan_sidecar, write_config
     from convert.source import Source, open_folder
     from mlx_dsv3.checkpoint.hub import Repo, is_repo_id
+    from mlx_dsv3.sizes import size
+
+DEFAULT_JOBS = 2  # each holds about 0.3 GB at V3's shapes; two keep a disk and two cores busy
 
 
 def parser() -> argparse.ArgumentParser:
@@ -65,8 +68,11 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
-def open_source(args: argparse.Namespace, only_mtp: bool = False) -> tuple[Source, Repo | None]:
-    """Open SOURCE, or the MTP layer's shards of it: a folder, or a repository by its headers."""
+def open_source(args: argparse.Namespace, only_mtp: bool = False) -> tuple[Source, Shards | None]:
+    """Open SOURCE, or the MTP layer's shards of it: a folder, or a repository by its headers.
+
+    Shards of a repository come when they are asked for.
+    """
     if Path(args.source).exists() or not is_repo_id(args.source):
         if args.revision or getattr(args, "discard_source", False):
             raise UserError(
@@ -77,14 +83,13 @@ def open_source(args: argparse.Namespace, only_mtp: bool = False) -> tuple[Sourc
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()  # the converter shows its own
-    repo = Repo(args.source, args.revision)
-    return open_repo(repo, only_mtp), repo
+    return open_repo(Repo(args.source, args.revision), only_mtp)
 
 
-def make_plan(args: argparse.Namespace) -> tuple[Plan, Repo | None]:
+def make_plan(args: argparse.Namespace) -> tuple[Plan, Shards | None]:
     recipe = recipes.choose(args.recipe, args.q_bits, args.q_group_size, args.q_mode)
-    source, repo = open_source(args)
-    return build(source, recipe, "stacked" if args.stacked else "records"), repo
+    source, shards = open_source(args)
+    return build(source, recipe, "stacked" if args.stacked else "records"), shards
 
 
 def keep_revision(args: argparse.Namespace, destination: Destination, progress: Progress) -> None:
@@ -101,18 +106,18 @@ def keep_revision(args: argparse.Namespace, destination: Destination, progress: 
 
 def plan_command(args: argparse.Namespace) -> None:
     """Print what `run` would do."""
-    plan, repo = make_plan(args)
+    plan, shards = make_plan(args)
     if args.json:
         print(json.dumps(plan_record(plan)))
     else:
-        print_plan(plan, is_on_hub=repo is not None)
+        print_plan(plan, disk_peak(plan, DEFAULT_JOBS) if shards else None)
 
 
 def run_command(args: argparse.Namespace) -> None:
     """Convert, or say that it is done already."""
     progress, destination = Progress(choose_style(args.json)), Destination(args.dest)
     keep_revision(args, destination, progress)
-    plan, repo = make_plan(args)
+    plan, shards = make_plan(args)
     if plan.source.args.has_mtp and not plan.with_mtp:
         progress.note("config.json announces an MTP layer and the shards hold none: going without")
     if (mtp := plan.recipe.by_role["mtp"]) and plan.with_mtp and mtp.bits < 8:
@@ -122,26 +127,13 @@ def run_command(args: argparse.Namespace) -> None:
     if destination.is_complete(plan.digest, plan.identity):
         progress.note(f"`{args.dest}` was converted already")
         return
-    shards = shards_from(args, plan, repo, destination)
+    if args.discard_source:
+        destination.check_space(disk_peak(plan, args.jobs))
+        shards.discard_into(destination.partial / SHARDS)
+    else:
+        destination.check_space(plan.nbytes + (shards.missing_bytes() if shards else 0))
     run(plan, destination, args.jobs, progress, shards=shards)
     progress.note(f"`{args.dest}` converted: {size(plan.nbytes)}, `{plan.recipe.name}`")
-
-
-def shards_from(args, plan: Plan, repo: Repo | None, destination: Destination) -> Shards | None:
-    """Return what fetches the shards of a repository, after a look at the disks."""
-    if repo is None or not args.discard_source:
-        needed = plan.nbytes
-        if repo:
-            needed += missing_in_cache(repo, plan.source)
-        destination.check_space(needed)
-    else:
-        destination.check_space(disk_peak(plan, args.jobs))
-    if repo is None:
-        return None
-    folder = destination.partial / SHARDS if args.discard_source else None
-    shards = Shards(plan, lambda shard: fetch_checked(repo, plan.source, shard, folder), folder)
-    plan.source.path_of = shards.path
-    return shards
 
 
 def mtp_command(args: argparse.Namespace) -> None:

@@ -11,13 +11,13 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from convert.disk import sync_folder
 from convert.identity import Identity, changed_shards
 from convert.journal import Journal
-from convert.progress import size
-from convert.writer import sync_folder
 from mlx_dsv3.checkpoint.format import MANIFEST, PARTIAL
 from mlx_dsv3.config import read_json
 from mlx_dsv3.errors import UserError
+from mlx_dsv3.sizes import size
 
 JOURNAL = "journal"
 LOCK = "lock"

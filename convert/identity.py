@@ -28,16 +28,16 @@ class Identity:
     @cached_property
     def shards_sha256(self) -> str | None:
         """Digest of names and sha256 of all shards; None unless the hub tells every one."""
-        known = self.source.sha256_of
-        if set(known) != set(self.source.headers):
+        known = self.source.repo.sha256 if self.source.repo else {}
+        if not set(known) >= set(self.source.headers):
             return None
-        lines = "".join(f"{known[shard]}  {shard}\n" for shard in sorted(known))
+        lines = "".join(f"{known[shard]}  {shard}\n" for shard in sorted(self.source.headers))
         return hashlib.sha256(lines.encode()).hexdigest()
 
     @cached_property
     def sampled_sha256(self) -> str | None:
         """Digest of bytes from the middle of every tensor but later experts; None on the hub."""
-        if self.source.repo_id:
+        if self.source.repo:
             return None
         digest = hashlib.sha256(self.source.headers_sha256.encode())
         for name, tensor in sorted(self.source.tensors.items()):
@@ -60,9 +60,10 @@ class Identity:
 
     def record(self) -> dict[str, str | None]:
         """Return what journal and conversion.json name the source by."""
+        repo = self.source.repo
         return {
-            "id": self.source.repo_id,
-            "revision": self.source.revision,
+            "id": repo and repo.repo_id,
+            "revision": repo and repo.revision,
             "headers_sha256": self.source.headers_sha256,
             "source_sha256": self.source_sha256,
             "sampled_sha256": self.sampled_sha256,
@@ -71,7 +72,8 @@ class Identity:
 
     def is_that_of(self, record: dict) -> bool | None:
         """Compare with a `record` of the same headers; None where that one knows no content."""
-        if record.get("revision") and record["revision"] == self.source.revision:
+        repo = self.source.repo
+        if repo and record.get("revision") == repo.revision:
             return True
         for key in ("shards_sha256", "sampled_sha256", "source_sha256"):
             if record.get(key) and (ours := getattr(self, key)):

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from convert.writer import flush, write_at
+from convert.disk import flush, write_at
 
 
 class Done(NamedTuple):

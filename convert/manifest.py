@@ -7,29 +7,16 @@ an uninterrupted one.
 import hashlib
 import json
 import shutil
+from collections import defaultdict
+from math import sqrt
 from pathlib import Path
 
 import mlx.core as mx
 
 from convert.journal import Done
-from convert.plan import Plan, quantization_config
-from convert.summary import role_record
-from mlx_dsv3.checkpoint.format import FORMAT, INDEX, SIDECAR
-
-# Code in the repository (tokenizers of Moonlight and Kimi) is copied and never run.
-COPIED = (
-    "tokenizer*",
-    "*.tiktoken",
-    "vocab.*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "*.jinja",
-    "generation_config.json",
-    "LICENSE*",
-    "*.py",
-)
+from convert.plan import Plan, role_rows
+from convert.source import COPIED
+from mlx_dsv3.checkpoint.format import FORMAT, INDEX, SIDECAR, module_path
 
 
 def device_kind() -> str:
@@ -114,3 +101,60 @@ def file_record(path: Path) -> dict:
             "bytes": path.stat().st_size,
             "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
         }
+
+
+def quantization_config(plan: Plan) -> dict | None:
+    """Return config.json's `quantization`, or None: the default, then what differs, by path.
+
+    The MTP module's paths are always listed: mlx-lm has no module of that name and ignores them.
+    """
+    default = plan.recipe.default
+    if default is None:
+        return None
+    config = dict(default.as_config())
+    for unit in plan.units:
+        for target in unit.targets:
+            if target.quantization and (unit.file == SIDECAR or target.quantization != default):
+                config[module_path(target.path)] = target.quantization.as_config()
+    return config
+
+
+def role_record(plan: Plan, done: dict[int, Done]) -> dict[str, dict]:
+    """Return conversion.json's table: size, bits and relative RMS error of every role.
+
+    Errors are summed in the order of the units, so that they do not depend on the order of work.
+    """
+    sums: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0]))
+    for unit in plan.units:
+        for target, errors in zip(unit.targets, done[unit.index].errors, strict=True):
+            if errors:
+                total = sums[target.role][target.path]
+                total[0] += errors[0]
+                total[1] += errors[1]
+    record = {}
+    for row in role_rows(plan):
+        record[row.role] = {
+            "tensors": len(row.tensors),
+            "weights": row.weights,
+            "bytes": row.nbytes,
+            "bits_per_weight": round(8 * row.nbytes / row.weights, 3),
+            **_role_errors(sums.get(row.role)),
+        }
+    return record
+
+
+def _role_errors(tensors: dict[str, list[float]] | None) -> dict:
+    if not tensors:
+        return {}
+    relative = {name: _relative(*pair) for name, pair in tensors.items()}
+    worst = max(relative, key=relative.get)
+    total = [sum(pair[i] for pair in tensors.values()) for i in (0, 1)]
+    return {
+        "relative_rms_error": _relative(*total),
+        "worst": {"tensor": worst, "relative_rms_error": relative[worst]},
+    }
+
+
+def _relative(squared_errors: float, squares: float) -> float:
+    """Return the relative error, rounded so that the text is stable."""
+    return float(f"{sqrt(squared_errors / squares):.4e}") if squares else 0.0

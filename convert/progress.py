@@ -18,12 +18,9 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bar
 
+from mlx_dsv3.sizes import size
+
 LINE_SECONDS = 10.0
-
-
-def size(nbytes: float) -> str:
-    """Return bytes in GB with one decimal, or in MB where that would say nothing."""
-    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 
 class Progress:

@@ -10,11 +10,9 @@ import mlx.core as mx
 from rich.console import Console
 from rich.table import Table
 
-from convert.fp8 import dequantize_blocks
-from convert.plan import Plan
-from convert.progress import size
-from convert.shards import DEFAULT_JOBS, disk_peak
-from convert.summary import role_rows
+from convert.dequantize import dequantize_blocks
+from convert.plan import Plan, role_rows
+from mlx_dsv3.sizes import size
 
 CACHE_DTYPE_BYTES = 2
 PROBE_SHAPE = (2048, 2048)
@@ -28,8 +26,11 @@ def compact_table(*columns: str) -> Table:
     return table
 
 
-def print_plan(plan: Plan, is_on_hub: bool) -> None:
-    """Print the table of roles, the totals, and what the result needs to run."""
+def print_plan(plan: Plan, disk_peak: int | None) -> None:
+    """Print the table of roles, the totals, and what the result needs to run.
+
+    `disk_peak` is the most that a source on the hub takes with `--discard-source`, else None.
+    """
     table = compact_table("role", "tensors", "source", "stored as", "in", "out", "bits")
     for row in role_rows(plan):
         table.add_row(
@@ -47,7 +48,7 @@ def print_plan(plan: Plan, is_on_hub: bool) -> None:
         f"\nsource  {len(source.tensors):,} tensors in {len(source.shard_bytes):,} shards, "
         f"{size(source.nbytes)}; {'with' if plan.with_mtp else 'without'} MTP layer\n"
         f"result  {len(plan.files):,} files, {size(plan.nbytes)} with `{plan.recipe.name}`\n"
-        f"disk    {disk_needs(plan, is_on_hub)}\n"
+        f"disk    {disk_needs(plan, disk_peak)}\n"
         f"memory  {size(memory['resident_bytes'])} to run resident; streamed from "
         f"{size(memory['streamed_bytes'])}, or {size(memory['quarter_bytes'])}\n"
         f"        with a quarter of the experts in memory; "
@@ -57,12 +58,12 @@ def print_plan(plan: Plan, is_on_hub: bool) -> None:
     )
 
 
-def disk_needs(plan: Plan, is_on_hub: bool) -> str:
+def disk_needs(plan: Plan, disk_peak: int | None) -> str:
     """Say how much free disk the conversion takes."""
-    if not is_on_hub:
+    if disk_peak is None:
         return size(plan.nbytes)
-    both, peak = plan.source.nbytes + plan.nbytes, disk_peak(plan, DEFAULT_JOBS)
-    return f"{size(both)} with the source, at most {size(peak)} with `--discard-source`"
+    both = plan.source.nbytes + plan.nbytes
+    return f"{size(both)} with the source, at most {size(disk_peak)} with `--discard-source`"
 
 
 def memory_needs(plan: Plan) -> dict[str, int]:

@@ -17,7 +17,10 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from convert.dequantize import Raw
 from convert.destination import JOURNAL, LOCK, Destination
+from convert.disk import flush_file, is_full_disk, sync_folder
+from convert.download import Shards
 from convert.identity import changed_shards
 from convert.journal import Done
 from convert.manifest import (
@@ -27,13 +30,12 @@ from convert.manifest import (
     write_json,
     write_small_files,
 )
-from convert.outputs import Unit
-from convert.plan import Plan, shards_of
+from convert.plan import Plan, Unit
 from convert.progress import Progress
-from convert.shards import Shards
+from convert.quantize import Derived
 from convert.source import stamp
-from convert.transform import Derived, Raw, derive, read_unit
-from convert.writer import Writer, flush_file, is_full_disk, sync_folder
+from convert.transform import derive, read_unit
+from convert.writer import Writer
 from mlx_dsv3.checkpoint.format import MANIFEST
 from mlx_dsv3.errors import UserError
 
@@ -147,7 +149,7 @@ class _Run:
         if not shards:
             return []
         source, changed = self.plan.source, set(shards)
-        units = [unit for unit in self.plan.units if shards_of(source, unit) & changed]
+        units = [unit for unit in self.plan.units if source.shards_of(unit.sources) & changed]
         if self.journal.done or self.journal.unsynced:
             more = f" and {len(shards) - 1} more were" if shards[1:] else " was"
             self.progress.note(f"`{shards[0]}`{more} changed: what came from there is redone")
@@ -163,7 +165,7 @@ class _Run:
         ]
         readers, writers, syncer = pools
         if self.shards:
-            self.shards.start(todo)
+            self.shards.start(self.plan.source, todo)
         try:
             raws = ahead(lambda unit: read_unit(self.plan.source, unit), todo, readers, self.jobs)
             derived = evaluate(raws, self.plan, streams(self.jobs))
@@ -269,7 +271,7 @@ def evaluate(
 def _start(item: tuple[Unit, list[Raw]], plan: Plan, stream: mx.Stream) -> tuple:
     unit, raws = item
     with mx.stream(stream):
-        outputs = derive(unit, raws, plan.source.args, plan.source.block) if raws else []
+        outputs = derive(unit, raws, plan.source.args, plan.source.block)
         mx.async_eval(outputs)
     return unit, outputs
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from convert.destination import JOURNAL
 from convert.inventory import holds_mtp
-from convert.manifest import write_json
-from convert.plan import Plan, build, quantization_config
+from convert.manifest import quantization_config, write_json
+from convert.plan import Plan
+from convert.planner import build
 from convert.recipe import RECIPES
 from convert.source import Source
 from mlx_dsv3.checkpoint.format import MANIFEST, PARTIAL, SIDECAR

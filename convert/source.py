@@ -8,20 +8,35 @@ would count as resident memory, and 163 shards held open exceed the limit of a M
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from mlx_dsv3.checkpoint.format import INDEX, SCALE_SUFFIX, SINGLE, mtp_prefix
+from mlx_dsv3.checkpoint.format import INDEX, SCALE_SUFFIX, SINGLE, mtp_prefix, read_index
 from mlx_dsv3.checkpoint.headers import (
     AGAIN,
     TensorInfo,
     join_headers,
     parse_header,
-    read_index,
     read_raw_header,
 )
+from mlx_dsv3.checkpoint.hub import Repo
 from mlx_dsv3.config import ModelArgs, read_config
 from mlx_dsv3.errors import UserError
+
+# Code in the repository (tokenizers of Moonlight and Kimi) is copied and never run.
+COPIED = (
+    "tokenizer*",
+    "*.tiktoken",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "*.jinja",
+    "generation_config.json",
+    "LICENSE*",
+    "*.py",
+)
 
 
 def read_bytes(path: Path, start: int, nbytes: int) -> bytearray:
@@ -43,17 +58,26 @@ def read_bytes(path: Path, start: int, nbytes: int) -> bytearray:
 class Source:
     """The tensors of a checkpoint by name, read when asked for."""
 
-    def __init__(self, folder: Path, config: dict, headers: dict[str, tuple[bytes, int]]):
-        """Take config.json and shard -> (header, bytes of the file)."""
-        self.folder = folder
-        self.path_of: Callable[[str], Path] = lambda shard: folder / shard
-        self.config, self.headers = config, headers
+    def __init__(
+        self,
+        folder: Path,
+        config: dict,
+        headers: dict[str, tuple[bytes, int]],
+        *,
+        stamps: dict[str, list[int]] | None = None,
+        repo: Repo | None = None,
+        path_of: Callable[[str], Path] | None = None,
+    ):
+        """Take config.json and shard -> (header, bytes of the file).
+
+        Shards in `folder` have `stamps` (size and mtime_ns). Those of a `repo` may be there only
+        when `path_of` was asked for them.
+        """
+        self.folder, self.config, self.headers = folder, config, headers
+        self.stamps, self.repo = stamps or {}, repo
+        self.path_of = path_of or (lambda shard: folder / shard)
         self.args = ModelArgs.from_dict(config)
         self.block = block_size(config)
-        self.repo_id = self.revision = None
-        self.sha256_of: dict[str, str] = {}  # of shards, where the hub tells it
-        self.stamps: dict[str, list[int]] = {}  # shard -> size and mtime_ns, in a folder
-        self.read_small: Callable[[str], bytes] = self.read  # also before a shard is here
         self.shard_bytes = {shard: size for shard, (_, size) in headers.items()}
         self.tensors: dict[str, TensorInfo] = join_headers(
             parse_header(folder / shard, *header) for shard, header in headers.items()
@@ -71,6 +95,15 @@ class Source:
         """Return the name of an FP8 weight's scales, or None for another tensor."""
         return name + SCALE_SUFFIX if self.tensors[name].dtype == "F8_E4M3" else None
 
+    def shards_of(self, names: Iterable[str]) -> set[str]:
+        """Return the shards that hold these weights and their scales."""
+        shards = set()
+        for name in names:
+            shards.add(self.tensors[name].shard)
+            if scale := self.scale_of(name):
+                shards.add(self.tensors[scale].shard)
+        return shards
+
     def read(self, name: str, rows: tuple[int, int] | None = None) -> bytearray:
         """Return a tensor's bytes, or those of rows [start, stop) of a matrix."""
         tensor = self.tensors[name]
@@ -79,6 +112,13 @@ class Source:
             row_bytes = nbytes // tensor.shape[0]
             start, nbytes = start + rows[0] * row_bytes, (rows[1] - rows[0]) * row_bytes
         return read_bytes(self.path_of(tensor.shard), start, nbytes)
+
+    def read_small(self, name: str) -> bytes:
+        """Return a small tensor's bytes, by a request where its shard need not be here."""
+        if self.repo is None:
+            return self.read(name)
+        tensor = self.tensors[name]
+        return self.repo.read(tensor.shard, tensor.offset, tensor.nbytes)
 
 
 def stamp(path: Path) -> list[int]:
@@ -147,8 +187,7 @@ def open_folder(folder: Path, only_mtp: bool = False) -> Source:
         )
     stamps = {shard: stamp(folder / shard) for shard in shards}
     headers = {shard: read_raw_header(folder / shard) for shard in shards}
-    source = Source(folder, config, headers)
-    source.stamps = stamps
+    source = Source(folder, config, headers, stamps=stamps)
     check_index(source, shards)
     return source
 

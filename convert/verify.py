@@ -13,14 +13,16 @@ from pathlib import Path
 import mlx.core as mx
 
 from convert import recipe as recipes
+from convert.dequantize import all_finite
 from convert.manifest import device_kind, file_record, json_text, record_digest
-from convert.outputs import Target, Unit
-from convert.plan import Plan, build
+from convert.plan import Plan, Target, Unit
+from convert.planner import build
+from convert.quantize import Derived
 from convert.source import Source, read_bytes
-from convert.transform import Derived, all_finite, derive, read_unit
+from convert.transform import derive, read_unit
 from convert.writer import read_ranges
-from mlx_dsv3.checkpoint.format import INDEX, MANIFEST, PARTIAL, SIDECAR, Quantization
-from mlx_dsv3.checkpoint.headers import TensorInfo, read_header, read_index
+from mlx_dsv3.checkpoint.format import INDEX, MANIFEST, PARTIAL, SIDECAR, Quantization, read_index
+from mlx_dsv3.checkpoint.headers import TensorInfo, read_header
 from mlx_dsv3.config import read_json
 from mlx_dsv3.errors import UserError
 
@@ -110,7 +112,7 @@ def check_against_source(
     is_same_device = record["device"] == device_kind()
     for unit in plan.units if full else sample(plan):
         raws = read_unit(plan.source, unit)
-        outputs = derive(unit, raws, plan.source.args, plan.source.block) if raws else []
+        outputs = derive(unit, raws, plan.source.args, plan.source.block)
         stored = iter(read_ranges(folder, unit))
         wrong = None
         for target, output in zip(unit.targets, outputs, strict=True):

@@ -5,48 +5,13 @@ unit may be written twice without harm. Nothing here decides what goes where: th
 data of a unit are safe only after `sync`; on macOS that needs more than `fsync`.
 """
 
-import errno
-import fcntl
 import hashlib
 import os
 from pathlib import Path
 from threading import Lock
 
-from convert.outputs import OutputFile, Unit
-
-
-def flush(descriptor: int) -> None:
-    """Bring a file to the disk itself; macOS's `fsync` stops at the drive's cache."""
-    if hasattr(fcntl, "F_FULLFSYNC"):
-        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-    else:
-        os.fsync(descriptor)
-
-
-def write_at(descriptor: int, data, offset: int) -> None:
-    """Write all of `data` (bytes, or a view of bytes in any shape) at `offset`."""
-    view = memoryview(data).cast("B")
-    while view:
-        count = os.pwrite(descriptor, view, offset)
-        view, offset = view[count:], offset + count
-
-
-def flush_file(path: Path) -> None:
-    """Bring a file that was written and closed to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        flush(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames and new files in a folder durable."""
-    flush_file(folder)
-
-
-def is_full_disk(error: OSError) -> bool:
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+from convert.disk import flush_file, write_at
+from convert.plan import OutputFile, Unit
 
 
 class Writer:

@@ -21,3 +21,8 @@ def round_down(nbytes: int) -> str:
     value = nbytes / GB
     digits = f"{value:.3g}"
     return digits if float(digits) <= value else f"{value * 0.99:.3g}"
+
+
+def size(nbytes: float) -> str:
+    """Return bytes in GB with one decimal, or in MB where that would say nothing."""
+    return f"{nbytes / GB:.1f} GB" if nbytes >= GB else f"{nbytes / 1e6:.1f} MB"

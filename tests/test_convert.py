@@ -222,7 +222,7 @@ def test_large_tensors_in_blocks_of_rows(tmp_path, monkeypatch):
     """Blocks begin where an FP8 block begins; the bits do not depend on where they end."""
     source = write_hub(tmp_path / "hub", D)
     whole = convert(source, tmp_path / "whole")
-    monkeypatch.setattr("convert.plan.BLOCK_ELEMENTS", 128 * 192)
+    monkeypatch.setattr("convert.planner.BLOCK_ELEMENTS", 128 * 192)
     blocks = convert(source, tmp_path / "blocks")
     for path in whole.glob("*.safetensors"):
         assert (blocks / path.name).read_bytes() == path.read_bytes(), path.name

@@ -11,9 +11,9 @@ import pytest
 from hub_server import COMMIT, HEADER_RANGE, REPO, Hub, environment, serve, shard_requests
 
 from convert.__main__ import main
-from convert.plan import build
+from convert.download import SMALL_BYTES, disk_peak
+from convert.planner import build
 from convert.recipe import RECIPES
-from convert.shards import SMALL_BYTES, disk_peak
 from convert.source import open_folder
 from tests.tiny import D, write_hub, write_tokenizer
 

@@ -37,11 +37,11 @@ def add_mtp(*argv) -> int:
 
 def mtp_logits(folder) -> mx.array:
     """Return the MTP module's logits for fixed states and tokens."""
-    _, mtp, store, args, _ = load_ours(folder, dtype=mx.float32)
-    states = mx.random.normal((1, 5, args.hidden_size), key=mx.random.key(0))
-    logits, _ = mtp(states, mx.array([[3, 1, 4, 1, 5]]))
+    loaded = load_ours(folder, dtype=mx.float32)
+    states = mx.random.normal((1, 5, loaded.args.hidden_size), key=mx.random.key(0))
+    logits, _ = loaded.mtp(states, mx.array([[3, 1, 4, 1, 5]]))
     mx.eval(logits)
-    store.close()
+    loaded.store.close()
     return logits
 
 

@@ -21,13 +21,13 @@ ROOT = Path(__file__).parent.parent
 # argv: what ends it ("kill" or "interrupt" at a byte, "rename"), count, log, jobs, folders.
 CHILD = """
 import os, signal, sys, threading
-import convert.run, convert.writer, convert.journal
+import convert.disk, convert.run, convert.journal
 from convert.__main__ import main
 from mlx_dsv3.errors import run_main
 convert.run.SYNC_BYTES = 100_000
 what, left, log, jobs = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
 log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-real_write, real_flush, real_replace = os.pwrite, convert.writer.flush, os.replace
+real_write, real_flush, real_replace = os.pwrite, convert.disk.flush, os.replace
 lock = threading.Lock()
 
 def note(*words):
@@ -65,7 +65,7 @@ def replace(old, new):
     real_replace(old, new)
 
 os.pwrite, os.replace = pwrite, replace
-convert.writer.flush = convert.journal.flush = flush
+convert.disk.flush = convert.journal.flush = flush
 sys.exit(run_main(lambda: main(["run", *sys.argv[5:], "--jobs", jobs])))
 """
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from convert.fp8 import decode_scales, dequantize_blocks
+from convert.dequantize import decode_scales, dequantize_blocks
 from mlx_dsv3.reference.fp8 import dequantize_blocks as oracle
 
 

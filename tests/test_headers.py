@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mlx_dsv3.checkpoint.headers import read_header, read_index
+from mlx_dsv3.checkpoint.format import read_index
+from mlx_dsv3.checkpoint.headers import read_header
 from mlx_dsv3.errors import UserError
 
 GOOD = {

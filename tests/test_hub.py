@@ -12,8 +12,8 @@ import torch
 
 import chat
 from convert.__main__ import main
-from convert.hub import open_repo
-from convert.transform import Raw, to_bfloat16
+from convert.dequantize import Raw, to_bfloat16
+from convert.download import open_repo
 from mlx_dsv3.checkpoint.hub import Repo
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.reference import fp8
@@ -56,7 +56,7 @@ def read(repo: Repo, tensor) -> bytes:
 def test_a_real_fp8_tensor():
     """Both sides decode it to the same bits, and its size is that of a trained weight."""
     repo = Repo("deepseek-ai/DeepSeek-R1")
-    source = open_repo(repo)
+    source, _ = open_repo(repo)
     weight, scale = source.tensors[SAMPLE], source.tensors[f"{SAMPLE}_scale_inv"]
     assert (weight.dtype, weight.shape, scale.shape) == ("F8_E4M3", (576, 7168), (5, 56))
     data = bytearray(read(repo, weight))

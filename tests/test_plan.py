@@ -13,7 +13,7 @@ from mlx_lm.models.deepseek_v3 import ModelArgs as DeepseekV3Args
 
 from convert.__main__ import main
 from convert.manifest import output_config
-from convert.plan import build
+from convert.planner import build
 from convert.recipe import RECIPES
 from convert.source import open_folder
 from tests.tiny import FP8_CONFIG, YARN, D, write_hub

@@ -6,9 +6,9 @@ import subprocess
 
 import pytest
 
-from convert import destination, writer
+from convert import destination, disk, writer
 from convert.__main__ import main
-from convert.outputs import OutputFile, Part, Target, Unit
+from convert.plan import OutputFile, Part, Target, Unit
 from mlx_dsv3.errors import run_main
 from tests.tiny import A, write_hub
 
@@ -60,7 +60,7 @@ def test_write_at_continues_after_a_short_write(tmp_path, monkeypatch):
     real = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: real(fd, data[:3], offset))
     with open(tmp_path / "f", "wb") as file:
-        writer.write_at(file.fileno(), memoryview(b"0123456789").cast("B", (5, 2)), 5)
+        disk.write_at(file.fileno(), memoryview(b"0123456789").cast("B", (5, 2)), 5)
     assert (tmp_path / "f").read_bytes() == bytes(5) + b"0123456789"
 
 

@@ -22,13 +22,13 @@ from mlx_dsv3.checkpoint.format import (
     SINGLE,
     WEIGHTS,
     mtp_prefix,
+    read_index,
 )
 from mlx_dsv3.checkpoint.headers import (
     TensorInfo,
     join_headers,
     parse_header,
     read_header,
-    read_index,
 )
 from mlx_dsv3.checkpoint.hub import HEADER_REQUESTS, Repo, cached_snapshots, is_repo_id
 from mlx_dsv3.config import ModelArgs, read_config, read_json

@@ -1,7 +1,7 @@
 """The format of an MLX folder, written down once: names of files and tensors, packing of weights.
 
-The converter writes by it, the runtime and the memory plan read by it. Everything here is a word
-or a small calculation on words and shapes; docs/tensors.md draws the whole.
+The converter writes by it, the runtime and the memory plan read by it. All here are words, small
+calculations on words and shapes, and the one reader of an index; docs/tensors.md draws the whole.
 
 A *record* is the nine tensors of one expert, adjacent in its file and in this order: gate, up,
 down, of each the weight, the scales, the biases. mlx-lm's own arrangement is *stacked*: one tensor
@@ -10,9 +10,12 @@ for all experts of a layer.
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
-from mlx_dsv3.config import ModelArgs
+from mlx_dsv3.checkpoint.headers import AGAIN
+from mlx_dsv3.config import ModelArgs, read_json
+from mlx_dsv3.errors import UserError
 
 FORMAT = 1  # the version that a manifest names
 
@@ -102,3 +105,19 @@ def module_path(path: str) -> str:
     """Return mlx-lm's module of a path: an expert's projection belongs to `switch_mlp`."""
     prefix, middle, rest = path.partition(".mlp.experts.")
     return f"{prefix}.mlp.switch_mlp.{rest.partition('.')[2]}" if middle else path
+
+
+def read_index(folder: Path) -> dict[str, list[str]]:
+    """Return shard -> names of its tensors, in order, from the index file of `folder`."""
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"`{folder / INDEX}` has no `weight_map`", AGAIN)
+    shards = {}
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise UserError(
+                f"`{folder / INDEX}` puts `{tensor}` into `{shard}`, which is not a file name",
+                AGAIN,
+            )
+        shards.setdefault(shard, []).append(tensor)
+    return dict(sorted(shards.items()))

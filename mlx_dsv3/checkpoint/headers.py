@@ -13,8 +13,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from mlx_dsv3.checkpoint.format import INDEX
-from mlx_dsv3.config import read_json
 from mlx_dsv3.errors import UserError
 
 DTYPE_BYTES = {
@@ -158,19 +156,3 @@ def join_headers(headers: Iterable[dict[str, TensorInfo]]) -> dict[str, TensorIn
 def read_headers(paths: list[Path]) -> dict[str, TensorInfo]:
     """Return the tensors of several files on this machine."""
     return join_headers(map(read_header, paths))
-
-
-def read_index(folder: Path) -> dict[str, list[str]]:
-    """Return shard -> names of its tensors, in order, from the index file of `folder`."""
-    weight_map = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"`{folder / INDEX}` has no `weight_map`", AGAIN)
-    shards = {}
-    for tensor, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise UserError(
-                f"`{folder / INDEX}` puts `{tensor}` into `{shard}`, which is not a file name",
-                AGAIN,
-            )
-        shards.setdefault(shard, []).append(tensor)
-    return dict(sorted(shards.items()))

@@ -1,4 +1,4 @@
-"""Shards that come while earlier ones are converted, and go when nothing needs them any more.
+"""A checkpoint on the hub: opened by its headers; its shards come while earlier ones are converted.
 
 The order is that of the units. A few shards are fetched ahead; a unit that needs one waits for
 it. With a folder of its own (`--discard-source`), a shard is deleted once every tensor in
@@ -8,24 +8,55 @@ it has been written and synced, so that the disk holds the result so far and a h
 
 import threading
 from collections import Counter
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from convert.outputs import Unit
-from convert.plan import Plan, shards_of
+from convert.plan import Plan, Unit
+from convert.source import COPIED, Source, check_index, needed_shards, refuse_config
+from mlx_dsv3.checkpoint.format import INDEX
+from mlx_dsv3.checkpoint.headers import read_raw_header
+from mlx_dsv3.checkpoint.hub import HEADER_REQUESTS, Repo
+from mlx_dsv3.config import ModelArgs, read_config
+from mlx_dsv3.errors import UserError
 
-DEFAULT_JOBS = 2  # each holds about 0.3 GB at V3's shapes; two keep a disk and two cores busy
 AHEAD = 2
 WORKERS = 2
 SMALL_BYTES = 32 << 20  # journal, index, tokenizer
 
 
-class Shards:
-    """Fetches shards in the order of need; `path` blocks until one is there."""
+def open_repo(repo: Repo, only_mtp: bool = False) -> tuple[Source, "Shards"]:
+    """Open a checkpoint on the hub by its headers; no shard is downloaded.
 
-    def __init__(self, plan: Plan, fetch: Callable[[str], Path], folder: Path | None):
-        """Take what fetches one shard, and the folder whose shards are ours to discard."""
-        self.plan, self.fetch, self.folder = plan, fetch, folder
+    With `only_mtp`, shards that hold nothing of the MTP layer are left alone.
+    """
+    folder = repo.small_files(("config.json", INDEX, *COPIED))
+    config = read_config(folder)
+    refuse_config(config)
+    names = needed_shards(folder, ModelArgs.from_dict(config), only_mtp)
+    missing = [shard for shard in names if shard not in repo.sizes]
+    if missing:
+        raise UserError(
+            f"`{repo.repo_id}` has no `{missing[0]}` ({len(missing)} of {len(names)} shards)",
+            "give the repository of a whole checkpoint",
+        )
+    with ThreadPoolExecutor(HEADER_REQUESTS) as pool:
+        headers = dict(zip(names, pool.map(repo.header, names), strict=True))
+    shards = Shards(repo, headers)
+    source = Source(folder, config, headers, repo=repo, path_of=shards.path)
+    check_index(source, names)
+    return source, shards
+
+
+class Shards:
+    """Brings shards here; `path` blocks until one is there.
+
+    Once `start` has said what is needed they are fetched ahead, in the order of need.
+    """
+
+    def __init__(self, repo: Repo, headers: dict[str, tuple[bytes, int]]):
+        self.repo, self.headers = repo, headers
+        self.folder: Path | None = None  # whose shards are ours to delete; None: the hub's cache
+        self.source: Source | None = None
         self.changed = threading.Condition()
         self.order: list[str] = []
         self.left: Counter = Counter()  # shard -> units that still need it
@@ -35,11 +66,38 @@ class Shards:
         self.error: BaseException | None = None
         self.is_closed = False
 
-    def start(self, todo: list[Unit]) -> None:
+    def discard_into(self, folder: Path) -> None:
+        """Bring the shards into `folder` instead of the hub's cache, and delete them after use."""
+        self.folder = folder
+
+    def missing_bytes(self) -> int:
+        """Return the bytes of shards that the hub's cache does not hold yet."""
+        from huggingface_hub import try_to_load_from_cache
+
+        def is_cached(shard: str) -> bool:
+            repo = self.repo
+            found = try_to_load_from_cache(repo.repo_id, shard, revision=repo.revision)
+            return isinstance(found, str)
+
+        return sum(size for shard, (_, size) in self.headers.items() if not is_cached(shard))
+
+    def fetch(self, shard: str) -> Path:
+        """Fetch a shard and refuse it unless it has the header that was planned with."""
+        path = self.repo.fetch(shard, self.folder)
+        if read_raw_header(path) != self.headers[shard]:
+            path.unlink()
+            raise UserError(
+                f"`{shard}` is not the file that was planned with",
+                "repeat the same command to fetch it again",
+            )
+        return path
+
+    def start(self, source: Source, todo: list[Unit]) -> None:
         """Begin to fetch what the units `todo` need; discard what an earlier run has finished."""
+        self.source = source
         for unit in todo:
-            self.left.update(shards_of(self.plan.source, unit))
-        self.order = order_of_need(self.plan, todo)
+            self.left.update(source.shards_of(unit.sources))
+        self.order = order_of_need(source, todo)
         if self.folder:
             self.folder.mkdir(exist_ok=True)
             for path in self.folder.iterdir():
@@ -76,6 +134,8 @@ class Shards:
 
     def path(self, shard: str) -> Path:
         """Return where a shard lies, when it does; raise what went wrong with a download."""
+        if not self.source:  # a few tensors are wanted, of which nobody knows the order
+            return self.fetch(shard)
         with self.changed:
             self.wanted.add(shard)
             self.changed.notify_all()
@@ -86,7 +146,7 @@ class Shards:
 
     def finish(self, unit: Unit) -> list[str]:
         """Note a unit as written; return the shards that may go after the next sync."""
-        shards = shards_of(self.plan.source, unit)
+        shards = self.source.shards_of(unit.sources)
         self.left.subtract(shards)
         return [shard for shard in shards if self.folder and not self.left[shard]]
 
@@ -101,11 +161,11 @@ class Shards:
             self.changed.notify_all()
 
 
-def order_of_need(plan: Plan, units: list[Unit]) -> list[str]:
+def order_of_need(source: Source, units: list[Unit]) -> list[str]:
     """Return the shards in the order in which units first need them."""
     order: dict[str, None] = {}
     for unit in units:
-        order.update(dict.fromkeys(sorted(shards_of(plan.source, unit))))
+        order.update(dict.fromkeys(sorted(source.shards_of(unit.sources))))
     return list(order)
 
 
@@ -116,9 +176,9 @@ def disk_peak(plan: Plan, jobs: int) -> int:
     still to come needs and that have been fetched, and the shards that are fetched ahead.
     """
     pipeline = 4 * (jobs + 1)
-    order = order_of_need(plan, plan.units)
+    order = order_of_need(plan.source, plan.units)
     size = plan.source.shard_bytes
-    needs = [shards_of(plan.source, unit) for unit in plan.units]
+    needs = [plan.source.shards_of(unit.sources) for unit in plan.units]
     last = {shard: i for i, shards in enumerate(needs) for shard in shards}
     place = {shard: i for i, shard in enumerate(order)}
     headers = sum(len(file.header) for file in plan.files.values())
