@@ -19,7 +19,7 @@ from pathlib import Path
 import mlx.core as mx
 from synthetic import BASE, source_of
 
-from convert.plan import build
+from convert.planner import build
 from convert.recipe import RECIPES
 from mlx_dsv3.checkpoint.headers import TensorInfo
 from mlx_dsv3.config import ModelArgs
