@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 import chat
@@ -16,7 +17,7 @@ from mlx_dsv3.decoding.draft_control import fixed_drafts
 from mlx_dsv3.decoding.sampler import Sampler
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.generate import make_control
-from mlx_dsv3.terminal.trace import check_writable
+from mlx_dsv3.terminal.trace import Trace, check_writable
 
 ROOT = Path(__file__).parents[1]
 BAD = {
@@ -150,6 +151,27 @@ def test_trace_that_cannot_be_written(tmp_path, name):
     with pytest.raises(UserError, match="cannot be written") as error:
         check_writable(tmp_path / name)
     assert error.value.hint
+
+
+def test_a_trace_holds_every_choice_until_it_is_closed(tmp_path):
+    """The lines are what the simulator of the benchmark replays."""
+    store = SimpleNamespace(on_route=None)
+    trace = Trace(store, tmp_path / "trace")
+    store.on_route(3, np.array([[1, 2], [5, 0]], np.int32))
+    store.on_route(4, np.array([[7, 2]], np.int32))
+    lines = (tmp_path / "trace").read_text().splitlines()
+    assert list(map(json.loads, lines)) == [[3, [[1, 2], [5, 0]]], [4, [[7, 2]]]]
+    trace.close()
+    assert store.on_route is None
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_trace_on_a_full_disk_ends_alone(capsys):
+    """The reply goes on, and one line says what happened."""
+    store = SimpleNamespace(on_route=None)
+    Trace(store, Path("/dev/full"))
+    store.on_route(3, np.array([[1, 2]], np.int32))
+    assert store.on_route is None and capsys.readouterr().err.count("warning: the trace") == 1
 
 
 def test_drafts_are_judged_in_one_place():

@@ -113,10 +113,23 @@ def test_convert_knows_no_model(path):
     assert third_party(path) <= CONVERT_MAY
 
 
-def test_chat_holds_no_tensor_code():
+@pytest.mark.parametrize(
+    "path", [Path("chat.py"), *(path for path in MODULES if room_of(path) == "terminal")], ids=str
+)
+def test_chat_holds_no_tensor_code(path):
     """The REPL sees text and statistics; whoever changes the model need not read it."""
-    assert not third_party(ROOT / "chat.py") & {"mlx", "mlx_lm", "torch", "numpy"}
-    assert "convert" not in {name.split(".")[0] for name in imports(ROOT / "chat.py")}
+    assert third_party(ROOT / path) <= {"prompt_toolkit"}
+    assert "convert" not in {name.split(".")[0] for name in imports(ROOT / path)}
+
+
+def test_a_session_prints_nothing():
+    """An endpoint stands on it as well, and its stdout belongs to nobody."""
+    for path in (ROOT / "mlx_dsv3" / "conversation").glob("*.py"):
+        assert "print" not in {
+            getattr(node.func, "id", "")
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Call)
+        }, path
 
 
 @pytest.mark.parametrize(

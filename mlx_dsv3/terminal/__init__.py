@@ -2,5 +2,5 @@
 
 `repl` shows the events of a session, reads lines and runs slash commands; `statistics` has the
 words for what a reply took, `start` those for memory and disk at the start, `trace` the file of
-`--trace`. Nobody else prints in a chat. No tensor code here.
+`--trace`. No tensor code here.
 """

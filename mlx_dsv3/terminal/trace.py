@@ -6,6 +6,8 @@ they otherwise save.
 """
 
 import os
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 from mlx_dsv3.errors import UserError
@@ -29,3 +31,27 @@ def refusal(path: Path, error: OSError) -> UserError:
         f"`{path}` cannot be written: {error.strerror}",
         "give `--trace` a file in a folder that you may write to",
     )
+
+
+class Trace:
+    """Writes what a store's layers choose until it is closed, or the file takes no more."""
+
+    def __init__(self, store, path: Path):
+        try:
+            self.file = path.open("w", encoding="utf-8", buffering=1)
+        except OSError as error:
+            raise refusal(path, error) from None
+        self.store, store.on_route = store, self.write
+
+    def write(self, layer: int, experts) -> None:
+        """Append one call's experts (T, K), a NumPy array."""
+        try:
+            self.file.write(f"[{layer}, {experts.tolist()}]\n")
+        except OSError as error:  # a full disk must not end the reply
+            print(f"warning: the trace `{self.file.name}` ends: {error}", file=sys.stderr)
+            self.close()
+
+    def close(self) -> None:
+        self.store.on_route = None
+        with suppress(OSError):
+            self.file.close()
