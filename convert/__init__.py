@@ -1,5 +1,12 @@
 """The converter: a hub checkpoint (FP8 blocks or BF16) becomes a quantised MLX folder.
 
-Reading order: `plan`, `transform`, `writer`; then `run`, which ties them together. Imports from
-the rest of the project only `mlx_dsv3.config` and `mlx_dsv3.errors`.
+Read in this order: `source` (a checkpoint's tensors), `inventory` (which it must hold), `recipe`
+(how many bits), `plan` (what will be written) and `planner` (how that is decided); `dequantize`,
+`quantize` and `transform` (the arithmetic); `disk`, `writer` and `journal` (bytes that survive a
+kill), `destination` (the folder), `manifest` (its small files); `run`, which ties them together.
+Beside these: `download` (a source on the hub), `identity` (whose weights these are), `verify`,
+`sidecar` (the MTP layer alone), `report`, `progress`, and `__main__`, the command line.
+
+What a folder holds is said in `mlx_dsv3.checkpoint.format`. Imports nothing of mlx_dsv3 but that
+room, `config`, `errors` and `sizes`.
 """

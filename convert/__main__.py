@@ -19,7 +19,7 @@ with imports(__name__):
     from convert.plan import Plan
     from convert.planner import build
     from convert.progress import Progress, choose_style
-    from convert.report import plan_record, print_errors, print_plan
+    from convert.report import plan_as_dict, print_errors, print_plan
     from convert.run import run
     from convert.sidecar import plan_sidecar, write_config
     from convert.source import Source, open_folder
@@ -77,7 +77,7 @@ def open_source(args: argparse.Namespace, only_mtp: bool = False) -> tuple[Sourc
         if args.revision or getattr(args, "discard_source", False):
             raise UserError(
                 "`--revision` and `--discard-source` are for repositories on the hub",
-                "a folder's files are never deleted; leave the flag away",
+                "a folder's files are never deleted; drop the flag",
             )
         return open_folder(Path(args.source), only_mtp), None
     from huggingface_hub.utils import disable_progress_bars
@@ -108,7 +108,7 @@ def plan_command(args: argparse.Namespace) -> None:
     """Print what `run` would do."""
     plan, shards = make_plan(args)
     if args.json:
-        print(json.dumps(plan_record(plan)))
+        print(json.dumps(plan_as_dict(plan)))
     else:
         print_plan(plan, disk_peak(plan, DEFAULT_JOBS) if shards else None)
 
@@ -151,23 +151,27 @@ def verify_command(args: argparse.Namespace) -> int:
     """Print the errors by role and what was found; return 1 when that is anything."""
     if args.full and not args.source:
         raise UserError("`--full` needs `--source`", "name the checkpoint of the conversion")
-    record = verify.open_record(args.dest)
-    findings, num_derived = [*verify.check_files(args.dest, record, args.jobs)], 0
+    manifest = verify.open_manifest(args.dest)
+    findings, num_derived = [*verify.check_files(args.dest, manifest, args.jobs)], 0
     if not findings:  # damaged headers would only be reported twice
         findings += verify.check_values(args.dest, args.jobs)
     if args.source and not findings:
-        source, _ = open_source(args, only_mtp=record["layout"] == "mtp")
-        plan = verify.plan_again(record, source)
-        again = [*verify.check_against_source(args.dest, record, plan, args.full)]
+        source, _ = open_source(args, only_mtp=manifest["layout"] == "mtp")
+        plan = verify.plan_again(manifest, source)
+        again = [*verify.check_against_source(args.dest, manifest, plan, args.full)]
         findings, num_derived = [text for _, text in again if text], len(again)
     if args.json:
-        result = {"findings": findings, "derived_again": num_derived, "roles": record.get("roles")}
+        result = {
+            "findings": findings,
+            "derived_again": num_derived,
+            "roles": manifest.get("roles"),
+        }
         print(json.dumps(result))
         return 1 if findings else 0
-    print_errors(record.get("roles", {}))
+    print_errors(manifest.get("roles", {}))
     for finding in findings:
         print(finding, file=sys.stderr)
-    again = f"; {num_derived:,} pieces derived again and equal" if num_derived else ""
+    again = f"; {num_derived:,} units derived again and equal" if num_derived else ""
     print(
         f"`{args.dest}`: {len(findings)} findings" if findings else f"`{args.dest}` is good{again}"
     )
@@ -185,7 +189,7 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if getattr(args, "jobs", 1) < 1:
-        raise UserError(f"`--jobs` is {args.jobs}; one thread is the least", "leave `--jobs` away")
+        raise UserError(f"`--jobs` is {args.jobs}; one thread is the least", "drop `--jobs`")
     return COMMANDS[args.command](args) or 0
 
 

@@ -58,14 +58,14 @@ class Destination:
         return False
 
     def _is_ours(self, digest: str, identity: Identity, names: set[str]) -> bool:
-        record = read_json(self.folder / MANIFEST)
-        recipe = (record.get("recipe") or {}).get("name")
+        manifest = read_json(self.folder / MANIFEST)
+        recipe = (manifest.get("recipe") or {}).get("name")
         finished = f"`{self.folder}` holds a finished conversion (recipe `{recipe}`) "
-        if record.get("plan") != digest:
+        if manifest.get("plan") != digest:
             raise UserError(
                 finished + "of another source, recipe or layout", "choose another folder"
             )
-        source = record.get("source") or {}
+        source = manifest.get("source") or {}
         is_same = identity.is_that_of(source)
         if is_same is None:
             raise UserError(
@@ -175,7 +175,7 @@ def refuse_disagreement(folder: Path, head: dict, journal: Journal) -> None:
     if begun["recipe"] != head["recipe"]:
         raise UserError(
             conversion + f"with recipe `{begun['recipe']}` "
-            f"({num_done:,} of {begun['units']:,} pieces done); this run asks for "
+            f"({num_done:,} of {begun['units']:,} units done); this run asks for "
             f"`{head['recipe']}`",
             f"repeat with `--recipe {begun['recipe']}` to resume, or {other_folder}",
         )

@@ -58,7 +58,7 @@ class Identity:
                 digest.update(name.encode() + values)
         return digest.hexdigest()
 
-    def record(self) -> dict[str, str | None]:
+    def as_dict(self) -> dict[str, str | None]:
         """Return what journal and conversion.json name the source by."""
         repo = self.source.repo
         return {
@@ -70,14 +70,14 @@ class Identity:
             "shards_sha256": self.shards_sha256,
         }
 
-    def is_that_of(self, record: dict) -> bool | None:
-        """Compare with a `record` of the same headers; None where that one knows no content."""
+    def is_that_of(self, noted: dict) -> bool | None:
+        """Compare with one noted for the same headers; None where that one knows no content."""
         repo = self.source.repo
-        if repo and record.get("revision") == repo.revision:
+        if repo and noted.get("revision") == repo.revision:
             return True
         for key in ("shards_sha256", "sampled_sha256", "source_sha256"):
-            if record.get(key) and (ours := getattr(self, key)):
-                return ours == record[key]
+            if noted.get(key) and (ours := getattr(self, key)):
+                return ours == noted[key]
         return None
 
 

@@ -47,26 +47,26 @@ def output_index(plan: Plan) -> dict:
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def conversion_record(plan: Plan, done: dict[int, Done], files: dict[str, dict]) -> dict:
+def make_manifest(plan: Plan, done: dict[int, Done], files: dict[str, dict]) -> dict:
     """Return conversion.json; `digest` covers everything else in it."""
-    record = {
+    manifest = {
         "format": FORMAT,
-        "source": plan.identity.record()
+        "source": plan.identity.as_dict()
         | {"tensors": len(plan.source.tensors), "bytes": plan.source.nbytes},
         "recipe": plan.recipe.as_dict(),
         "layout": plan.layout,
         "plan": plan.digest,
         "versions": {"mlx": mx.__version__},
         "device": device_kind(),
-        "roles": role_record(plan, done),
+        "roles": role_entries(plan, done),
         "files": files,
     }
-    return record | {"digest": record_digest(record)}
+    return manifest | {"digest": manifest_digest(manifest)}
 
 
-def record_digest(record: dict) -> str:
-    """Return the sha256 over a conversion record without its own `digest`."""
-    rest = {key: value for key, value in record.items() if key != "digest"}
+def manifest_digest(manifest: dict) -> str:
+    """Return the sha256 over a manifest without its own `digest`."""
+    rest = {key: value for key, value in manifest.items() if key != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
@@ -94,7 +94,7 @@ def json_text(value: dict) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def file_record(path: Path) -> dict:
+def file_entry(path: Path) -> dict:
     """Return a file's size and sha256, as `shasum -a 256` prints it."""
     with open(path, "rb") as file:
         return {
@@ -119,7 +119,7 @@ def quantization_config(plan: Plan) -> dict | None:
     return config
 
 
-def role_record(plan: Plan, done: dict[int, Done]) -> dict[str, dict]:
+def role_entries(plan: Plan, done: dict[int, Done]) -> dict[str, dict]:
     """Return conversion.json's table: size, bits and relative RMS error of every role.
 
     Errors are summed in the order of the units, so that they do not depend on the order of work.
@@ -131,16 +131,16 @@ def role_record(plan: Plan, done: dict[int, Done]) -> dict[str, dict]:
                 total = sums[target.role][target.path]
                 total[0] += errors[0]
                 total[1] += errors[1]
-    record = {}
+    entries = {}
     for row in role_rows(plan):
-        record[row.role] = {
+        entries[row.role] = {
             "tensors": len(row.tensors),
             "weights": row.weights,
             "bytes": row.nbytes,
             "bits_per_weight": round(8 * row.nbytes / row.weights, 3),
             **_role_errors(sums.get(row.role)),
         }
-    return record
+    return entries
 
 
 def _role_errors(tensors: dict[str, list[float]] | None) -> dict:

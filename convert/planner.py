@@ -26,7 +26,7 @@ from convert.source import Source
 from mlx_dsv3.checkpoint.format import SIDECAR, experts_file, module_path, trunk_file
 
 TRUNK_FILE_BYTES = 5 * 10**9
-BLOCK_ELEMENTS = 16 << 20  # 64 MB as float32: an expert's matrix of V3 passes in one piece
+BLOCK_ELEMENTS = 16 << 20  # 64 MB as float32: no matrix of an expert of V3 is split
 RECORD_ALIGNMENT = 16 << 10  # a page of Apple Silicon: uncached reads are direct from there on
 
 

@@ -1,6 +1,6 @@
 """A recipe: how many bits each role gets. Knows roles and widths, no tensors and no files.
 
-The roles are those of `layout.py` without the ones that are never quantised (norms, router,
+The roles are those of `inventory.py` without the ones that are never quantised (norms, router,
 selection bias). `q4` and the other uniform recipes give what `mlx_lm.convert -q` gives; the
 MTP module has 8 bits whatever the recipe, because drafts of a 4-bit one are hardly ever accepted.
 """

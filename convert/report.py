@@ -104,7 +104,7 @@ def minutes_of_arithmetic(plan: Plan) -> float:
     return min(seconds) / (rows * columns) * weights / 60
 
 
-def plan_record(plan: Plan) -> dict:
+def plan_as_dict(plan: Plan) -> dict:
     """Return the plan for `--json`."""
     roles = {
         row.role: {

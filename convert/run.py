@@ -24,9 +24,9 @@ from convert.download import Shards
 from convert.identity import changed_shards
 from convert.journal import Done
 from convert.manifest import (
-    conversion_record,
     device_kind,
-    file_record,
+    file_entry,
+    make_manifest,
     write_json,
     write_small_files,
 )
@@ -62,7 +62,7 @@ def run(
     mx.set_cache_limit(CACHE_BYTES)
     head = {
         "recipe": plan.recipe.name,
-        "source": plan.identity.record(),
+        "source": plan.identity.as_dict(),
         "files": plan.source.stamps,
         "plan": plan.digest,
         "units": len(plan.units),
@@ -238,10 +238,9 @@ class _Run:
         partial = self.destination.partial
         names = [*self.plan.files, *small_files(self.plan, partial)]
         with ThreadPoolExecutor(self.jobs) as pool:
-            records = pool.map(file_record, [partial / name for name in names])
-            files = dict(sorted(zip(names, records, strict=True)))
-        record = conversion_record(self.plan, self.journal.done, files)
-        write_json(partial / MANIFEST, record)
+            entries = pool.map(file_entry, [partial / name for name in names])
+            files = dict(sorted(zip(names, entries, strict=True)))
+        write_json(partial / MANIFEST, make_manifest(self.plan, self.journal.done, files))
         for name in (*names, MANIFEST):
             flush_file(partial / name)
         sync_folder(partial)

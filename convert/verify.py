@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from convert import recipe as recipes
 from convert.dequantize import all_finite
-from convert.manifest import device_kind, file_record, json_text, record_digest
+from convert.manifest import device_kind, file_entry, json_text, manifest_digest
 from convert.plan import Plan, Target, Unit
 from convert.planner import build
 from convert.quantize import Derived
@@ -30,7 +30,7 @@ CHUNK_BYTES = 64 << 20
 SAMPLE_PER_ROLE = 4
 
 
-def open_record(folder: Path) -> dict:
+def open_manifest(folder: Path) -> dict:
     """Return conversion.json of a finished folder; raise `UserError` where there is none."""
     if not folder.is_dir():
         raise UserError(f"`{folder}` is not a folder", "give a folder that `convert run` wrote")
@@ -45,17 +45,17 @@ def open_record(folder: Path) -> dict:
     return read_json(folder / MANIFEST)
 
 
-def check_files(folder: Path, record: dict, jobs: int) -> Iterator[str]:
+def check_files(folder: Path, manifest: dict, jobs: int) -> Iterator[str]:
     """Yield a sentence for every file that is not what conversion.json says."""
     text = (folder / MANIFEST).read_text(encoding="utf-8")
-    if record.get("digest") != record_digest(record) or text != json_text(record):
+    if manifest.get("digest") != manifest_digest(manifest) or text != json_text(manifest):
         yield f"`{MANIFEST}` does not match its own digest"
         return
-    files = record.get("files", {})
+    files = manifest.get("files", {})
     present = [name for name in files if (folder / name).is_file()]
     yield from (f"`{name}` is missing" for name in files if name not in present)
     with ThreadPoolExecutor(jobs) as pool:
-        found = pool.map(lambda name: file_record(folder / name), present)
+        found = pool.map(lambda name: file_entry(folder / name), present)
         for name, entry in zip(present, found, strict=True):
             if entry["bytes"] != files[name]["bytes"]:
                 yield f"`{name}` has {entry['bytes']:,} bytes, not {files[name]['bytes']:,}"
@@ -79,7 +79,7 @@ def check_values(folder: Path, jobs: int) -> Iterator[str]:
 
 
 def is_finite(tensor: TensorInfo) -> bool:
-    """Say whether a BF16 or F32 tensor holds neither NaN nor infinity; read in small pieces."""
+    """Say whether a BF16 or F32 tensor holds neither NaN nor infinity; read in chunks."""
     if tensor.dtype not in ("BF16", "F32"):
         return True
     for start in range(0, tensor.nbytes, CHUNK_BYTES):
@@ -89,27 +89,27 @@ def is_finite(tensor: TensorInfo) -> bool:
     return True
 
 
-def plan_again(record: dict, source: Source) -> Plan:
-    """Plan the recorded conversion from its source; refuse a source that is another one."""
-    plan = build(source, recipes.from_dict(record["recipe"], MANIFEST), record["layout"])
-    recorded = record.get("source") or {}
-    if plan.digest != record["plan"] or plan.identity.is_that_of(recorded) is False:
+def plan_again(manifest: dict, source: Source) -> Plan:
+    """Plan the conversion of a manifest again; refuse a source that is another one."""
+    plan = build(source, recipes.from_dict(manifest["recipe"], MANIFEST), manifest["layout"])
+    noted = manifest.get("source") or {}
+    if plan.digest != manifest["plan"] or plan.identity.is_that_of(noted) is False:
         where = "the folder that was converted"
-        if recorded.get("id"):
-            where = f"`--source {recorded['id']} --revision {recorded['revision']}`"
+        if noted.get("id"):
+            where = f"`--source {noted['id']} --revision {noted['revision']}`"
         raise UserError(f"the source is not the one that {MANIFEST} was made from", f"give {where}")
     return plan
 
 
 def check_against_source(
-    folder: Path, record: dict, plan: Plan, full: bool
+    folder: Path, manifest: dict, plan: Plan, full: bool
 ) -> Iterator[tuple[Unit, str | None]]:
     """Derive a sample of units again, or all; yield each with a sentence where it differs.
 
     On the kind of device that the folder was made on, the bits must be the same. On another one a
     code may differ by one step, because CPU and GPU round ties differently.
     """
-    is_same_device = record["device"] == device_kind()
+    is_same_device = manifest["device"] == device_kind()
     for unit in plan.units if full else sample(plan):
         raws = read_unit(plan.source, unit)
         outputs = derive(unit, raws, plan.source.args, plan.source.block)

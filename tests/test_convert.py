@@ -190,8 +190,8 @@ def test_small_files(tmp_path):
     assert "mtp.safetensors" not in index.values()
     assert set(index) == set(load_all(out, "model*.safetensors"))
     assert not (out / ".partial").exists()
-    record = (out / "conversion.json").read_text()
-    assert str(tmp_path) not in record and json.loads(record)["recipe"]["name"] == "q4"
+    manifest = (out / "conversion.json").read_text()
+    assert str(tmp_path) not in manifest and json.loads(manifest)["recipe"]["name"] == "q4"
 
 
 def test_unquantised_config_has_no_quantization(tmp_path):

@@ -15,7 +15,7 @@ from hub_server import COMMIT, REPO, know_only, serve
 
 from convert.__main__ import main
 from convert.identity import Identity
-from convert.manifest import record_digest, write_json
+from convert.manifest import manifest_digest, write_json
 from convert.run import _Run
 from convert.source import open_folder
 from mlx_dsv3.checkpoint.headers import read_header
@@ -141,10 +141,10 @@ def test_verify_refuses_another_model(models, finished, run):
 
 def test_a_record_without_content(models, finished, run):
     """Folders of earlier versions stay good, and nobody claims to know whose weights they hold."""
-    record = json.loads((finished / "conversion.json").read_text())
+    manifest = json.loads((finished / "conversion.json").read_text())
     for key in ("source_sha256", "sampled_sha256", "shards_sha256"):
-        del record["source"][key]
-    write_json(finished / "conversion.json", record | {"digest": record_digest(record)})
+        del manifest["source"][key]
+    write_json(finished / "conversion.json", manifest | {"digest": manifest_digest(manifest)})
     status, text = run("run", models[0], finished)
     assert status == 2 and "by an earlier version, which did not note whose weights" in text
     assert f"hint: `python -m convert verify {finished} --source SOURCE`" in text
@@ -204,7 +204,7 @@ def test_resume_with_another_model_of_the_same_times(models, run, stop, tmp_path
 
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_resume_with_one_other_shard_converts_it_again(models, run, stop, tmp_path, place):
-    """A damaged shard, fetched again, costs its own pieces and leaves none of the old bytes."""
+    """A damaged shard, fetched again, costs its own units and leaves none of the old bytes."""
     model, out = copy(models[0], tmp_path / "model"), tmp_path / "out"
     stop()
     assert run("run", model, out)[0] == 130
@@ -256,7 +256,7 @@ def test_all_shards_change_while_they_are_converted(models, run, tmp_path, monke
 def test_a_journal_without_content(models, run, stop, tmp_path, monkeypatch):
     """A conversion begun by an earlier version gets a sentence, not a KeyError."""
     out = tmp_path / "out"
-    monkeypatch.setattr(Identity, "record", lambda self: None)
+    monkeypatch.setattr(Identity, "as_dict", lambda self: None)
     stop()
     assert run("run", models[0], out)[0] == 130
     monkeypatch.undo()
@@ -266,7 +266,7 @@ def test_a_journal_without_content(models, run, stop, tmp_path, monkeypatch):
 
 
 def test_nothing_converted_yet_is_nothing_to_mix(models, run, tmp_path, monkeypatch):
-    """A begun folder without a finished piece takes whatever the source now holds."""
+    """A begun folder without a finished unit takes whatever the source now holds."""
     out = tmp_path / "out"
 
     def convert(self):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from convert.__main__ import main
-from convert.manifest import device_kind, file_record, record_digest, write_json
+from convert.manifest import device_kind, file_entry, manifest_digest, write_json
 from mlx_dsv3.checkpoint.headers import read_header
 from mlx_dsv3.errors import run_main
 from tests.tiny import D, write_hub, write_tokenizer
@@ -74,10 +74,10 @@ def test_missing_and_short_files_are_found(out, capsys):
 
 def seal(folder) -> None:
     """Make conversion.json agree with what the files now hold."""
-    record = json.loads((folder / "conversion.json").read_text())
-    record["files"] = {name: file_record(folder / name) for name in record["files"]}
-    record["digest"] = record_digest(record)
-    write_json(folder / "conversion.json", record)
+    manifest = json.loads((folder / "conversion.json").read_text())
+    manifest["files"] = {name: file_entry(folder / name) for name in manifest["files"]}
+    manifest["digest"] = manifest_digest(manifest)
+    write_json(folder / "conversion.json", manifest)
 
 
 def change(folder, file: str, name: str, edit) -> None:
@@ -108,8 +108,8 @@ def test_derived_again(pair, out, capsys, device, codes, status):
     if device == device_kind():
         device = "cpu"
     if device:
-        record = json.loads((out / "conversion.json").read_text())
-        write_json(out / "conversion.json", record | {"device": device})
+        manifest = json.loads((out / "conversion.json").read_text())
+        write_json(out / "conversion.json", manifest | {"device": device})
 
     def edit(data):
         place = int(np.argmax((data & 0x0F) < 8))  # the low half of a byte is one code
