@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 COLUMNS = ("error", "worst", "channel", "router", "outside ties", "KL", "perplexity", "best token")
 
 
-def replay(folder: Path, golden: Path, *more: str) -> dict:
+def report_of(folder: Path, golden: Path, *more: str) -> dict:
     """Return the JSON report of one replay, whatever its verdict."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
@@ -73,7 +73,7 @@ def main() -> None:
                 if "long" not in golden.name:
                     modes.append(("teacher-forced", "--teacher-forced"))
                 for mode, *flags in modes:
-                    found = summary(replay(folder, golden, *flags))
+                    found = summary(report_of(folder, golden, *flags))
                     rows.append({"recipe": recipe, "golden": golden.stem, "mode": mode} | found)
                     values = [found[column] for column in COLUMNS]
                     mark = "outside" if found["breaches"] else ""

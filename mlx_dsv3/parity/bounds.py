@@ -25,8 +25,8 @@ class Bound(NamedTuple):
 
     `error`, `worst` and `channel` are as in `differences.Stage`. `tie` is the router margin below
     which another choice is no difference; `rerouted` is the share of other choices above it. `kl`
-    is the mean divergence in nats, `perplexity` the relative difference of perplexities, `top1`
-    the share of positions with another best token where golden's is ahead by 0.5 nats.
+    is the mean divergence in nats, `perplexity` the relative difference of perplexities,
+    which sees a wrong row of the head that golden's likely tokens do not touch.
     """
 
     error: float
@@ -36,39 +36,37 @@ class Bound(NamedTuple):
     rerouted: float
     kl: float
     perplexity: float
-    top1: float
 
 
-NOTHING = Bound(0, 0, 0, 0, 0, 0, 0, 0)
-FLOAT32 = Bound(1e-4, 1e-4, 1e-4, 1e-5, 0, 1e-4, 1e-4, 0)
-RECIPES = {  # error, worst, channel, tie, rerouted, kl, perplexity, top1
+NOTHING = Bound(0, 0, 0, 0, 0, 0, 0)
+FLOAT32 = Bound(1e-4, 1e-4, 1e-4, 1e-5, 0, 1e-4, 1e-4)
+RECIPES = {  # error, worst, channel, tie, rerouted, kl, perplexity
     "float32": FLOAT32,
     "bf16": FLOAT32,  # the same numbers, stored narrower
-    "q8": Bound(0.02, 0.02, 0.025, 0.01, 0, 4e-4, 3e-3, 0),
-    "q6": Bound(0.04, 0.25, 0.1, 0.02, 0.01, 1.2e-3, 0.012, 0.01),
-    "q4": Bound(0.15, 0.35, 0.25, 0.04, 0.1, 0.02, 0.035, 0.01),
-    "q3": Bound(0.3, 0.5, 0.65, 0.04, 0.08, 0.06, 0.12, 0.04),
-    "q2": Bound(0.65, 0.95, 1.2, 0.04, 0.25, 0.3, 0.25, 0.17),
-    "mxfp4": Bound(0.2, 0.4, 0.4, 0.04, 0.02, 0.025, 0.06, 0.02),
-    "q4-mixed": Bound(0.12, 0.25, 0.15, 0.04, 0.01, 2e-3, 0.015, 0.01),
-    "q3-mixed": Bound(0.26, 0.35, 0.32, 0.04, 0.02, 0.02, 0.025, 0.02),
-    "q2-mixed": Bound(0.55, 0.7, 0.7, 0.04, 0.12, 0.06, 0.15, 0.05),
+    "q8": Bound(0.02, 0.02, 0.025, 0.01, 0, 4e-4, 3e-3),
+    "q6": Bound(0.04, 0.25, 0.1, 0.02, 0.01, 1.2e-3, 0.012),
+    "q4": Bound(0.15, 0.35, 0.25, 0.04, 0.1, 0.02, 0.035),
+    "q3": Bound(0.3, 0.5, 0.65, 0.04, 0.08, 0.06, 0.12),
+    "q2": Bound(0.65, 0.95, 1.2, 0.04, 0.25, 0.3, 0.25),
+    "mxfp4": Bound(0.2, 0.4, 0.4, 0.04, 0.02, 0.025, 0.06),
+    "q4-mixed": Bound(0.12, 0.25, 0.15, 0.04, 0.01, 2e-3, 0.015),
+    "q3-mixed": Bound(0.26, 0.35, 0.32, 0.04, 0.02, 0.02, 0.025),
+    "q2-mixed": Bound(0.55, 0.7, 0.7, 0.04, 0.12, 0.06, 0.15),
 }
 ARITHMETIC = {
     "float32": NOTHING,
-    "bf16": Bound(0.025, 0.15, 0.08, 0.01, 0.005, 1e-3, 5e-3, 0.01),
-    "fp8": Bound(0.08, 0.26, 0.11, 0.02, 0.01, 3.5e-3, 8e-3, 0.01),
+    "bf16": Bound(0.025, 0.15, 0.08, 0.01, 0.005, 1e-3, 5e-3),
+    "fp8": Bound(0.08, 0.26, 0.11, 0.02, 0.01, 3.5e-3, 8e-3),
 }
 ACTIVATIONS = {
     "float32": NOTHING,
     # Of MLX's CPU backend: the difference of q8 and q6 between both dtypes. No GPU was measured.
-    "bfloat16": Bound(0.08, 0.3, 0.12, 0.01, 0.02, 0.02, 0.055, 0.02),
+    "bfloat16": Bound(0.08, 0.3, 0.12, 0.01, 0.02, 0.02, 0.055),
 }
 # A golden state is rounded to BF16 once more after a stage that does little else.
-ROUNDING = Bound(5e-3, 1e-2, 1e-2, 0, 0, 0, 0, 0)
+ROUNDING = Bound(5e-3, 1e-2, 1e-2, 0, 0, 0, 0)
 NORMS = ("final norm", "MTP norm")  # never quantised
 UNQUANTIZED = ("embedding", "MTP input", *NORMS)  # no FP8 in the original arithmetic
-TOP1_GAP = 0.5  # nats
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,6 @@ def combine(*rows: Bound) -> Bound:
         tie=max(columns.tie),
         rerouted=sum(columns.rerouted),
         kl=sum(columns.kl),
-        top1=sum(columns.top1),
     )
 
 
@@ -151,13 +148,18 @@ class Verdict:
 
     def bound(self, name: str) -> Bound:
         """Return a stage's bound, grown with the root of the depth beyond the demo's."""
-        bound = self.sources.bound(name)
+        bound, growth = self.sources.bound(name), self.growth(name)
+        return bound._replace(**{what: growth * getattr(bound, what) for what in STAGE_MEASURES})
+
+    def growth(self, name: str) -> float:
         depth = list(self.result.stages).index(name)
-        if self.sources.teacher_forced or depth <= DEMO_STAGES:
-            return bound
-        growth = math.sqrt(depth / DEMO_STAGES)
-        grown = {what: growth * getattr(bound, what) for what in STAGE_MEASURES}
-        return bound._replace(**grown)
+        is_free = not self.sources.teacher_forced
+        return math.sqrt(depth / DEMO_STAGES) if is_free and depth > DEMO_STAGES else 1.0
+
+    @property
+    def is_provisional(self) -> bool:
+        """Say whether bounds are a guess: nothing deeper than the demo model was measured."""
+        return any(self.growth(name) > 1 for name in self.result.stages)
 
     def judge(self, stage: Stage) -> list[Breach]:
         """Return what of a stage is out of bounds."""
@@ -185,16 +187,10 @@ LONG_NAMES = {
     "rerouted": "other experts outside ties",
     "kl": "mean KL divergence",
     "perplexity": "relative difference of perplexity",
-    "top1": "other best tokens outside ties",
 }
 
 
 def judge_text(where: str, text: TokenDifferences, bound: Bound) -> list[Breach]:
     """Return what of the logits' numbers is out of bounds."""
     ours, golden = text.perplexities
-    values = {
-        "kl": text.kl,
-        "perplexity": abs(ours / golden - 1),
-        "top1": 1 - text.top1_outside(TOP1_GAP),
-    }
-    return breaches(where, values, bound)
+    return breaches(where, {"kl": text.kl, "perplexity": abs(ours / golden - 1)}, bound)

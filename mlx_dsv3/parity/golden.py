@@ -105,17 +105,17 @@ def read_tensors(path: str | Path) -> tuple[dict[str, mx.array], dict[str, str]]
     """
     try:
         if not Path(path).is_file():
-            refuse(path, "is no file")
+            refuse(path, "is not a file")
         with safe_open(path, "np"):
             return mx.load(str(path), format="safetensors", return_metadata=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        refuse(path, f"is no safetensors file: {error}")
+        refuse(path, f"is not a safetensors file: {error}")
 
 
 def check_metadata(path: str | Path, about: dict[str, str]) -> dict:
     """Check the metadata and return the golden config."""
     if about.get("format") != FORMAT:
-        refuse(path, f"is no golden file of format {FORMAT}")
+        refuse(path, f"is not a golden file of format {FORMAT}")
     for field in FIELDS:
         if not about.get(field, "\n").isprintable():  # the report prints them
             refuse(path, f"has no readable `{field}` in its metadata")
@@ -127,7 +127,7 @@ def check_metadata(path: str | Path, about: dict[str, str]) -> dict:
     except (ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
-        refuse(path, "has a `config` that is no JSON object")
+        refuse(path, "has a `config` that is not a JSON object")
     for name, least in DIMENSIONS.items():
         value = config.get(name)
         if type(value) is not int or not least <= value <= MOST:
@@ -189,11 +189,9 @@ def check_tensor(path, name: str, tensor: mx.array, letters: str, sizes: dict[st
     dtype, least, most = VALUES.get(word, (None, None, None))
     dtypes, shape = (dtype,) if dtype else STATE_DTYPES, tuple(sizes.get(s, s) for s in letters)
     if tensor.shape != shape or tensor.dtype not in dtypes:
-        wanted = " or ".join(map(name_of, dtypes))
-        refuse(
-            path,
-            f"has `{name}` as {name_of(tensor.dtype)} {tensor.shape}; {wanted} {shape} is needed",
-        )
+        wanted = f"{' or '.join(map(dtype_name, dtypes))} {shape}"
+        found = f"{dtype_name(tensor.dtype)} {tensor.shape}"
+        refuse(path, f"has `{name}` as {found}; {wanted} is needed")
     if dtype is None:
         return
     values, most = np.array(tensor), sizes[most] - 1 if isinstance(most, str) else most
@@ -204,5 +202,5 @@ def check_tensor(path, name: str, tensor: mx.array, letters: str, sizes: dict[st
         refuse(path, f"has `{name}` that do not ascend")
 
 
-def name_of(dtype: mx.Dtype) -> str:
+def dtype_name(dtype: mx.Dtype) -> str:
     return str(dtype).rpartition(".")[2]

@@ -35,6 +35,23 @@ def check_same_model(golden: Golden, args: ModelArgs, folder: str) -> None:
             )
 
 
+def same_source(golden: Golden, conversion: dict | None) -> bool | None:
+    """Say whether folder and golden file come from one set of weights; None where unknown.
+
+    `conversion` is the contents of conversion.json. Headers tell models of other shapes apart;
+    norms and biases, V3 from V3-0324.
+    """
+    if conversion is None or conversion.get("layout") == "mtp":  # of some shards, or of none
+        return None
+    for key in ("headers_sha256", "source_sha256"):
+        ours, theirs = conversion.get("source", {}).get(key), golden.about.get(key)
+        if ours is None or theirs is None:
+            return None
+        if ours != theirs:
+            return False
+    return True
+
+
 @dataclass
 class Result:
     """What a replay found, stage by stage and in the text."""

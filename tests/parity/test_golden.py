@@ -212,7 +212,7 @@ def test_a_config_that_is_no_object(changed, text):
         about["config"] = text
         config.clear()
 
-    assert refused(changed(change)) == "has a `config` that is no JSON object"
+    assert refused(changed(change)) == "has a `config` that is not a JSON object"
 
 
 @pytest.mark.parametrize("field", golden.FIELDS)
@@ -246,8 +246,8 @@ def test_what_is_no_file(tmp_path):
     """M8: a folder, a pipe that nobody writes to, and names that no file can have."""
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe", tmp_path / "absent", "a\0b"):
-        assert refused(path) == "is no file"
-    assert refused(tmp_path / ("x" * 300)).startswith("is no safetensors file: ")
+        assert refused(path) == "is not a file"
+    assert refused(tmp_path / ("x" * 300)).startswith("is not a safetensors file: ")
 
 
 ENTRY = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
@@ -271,7 +271,7 @@ def test_a_header_that_disagrees_with_the_data(tmp_path, header):
     text = json.dumps(header).encode()
     path = tmp_path / "g.safetensors"
     path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
-    assert refused(path).startswith("is no safetensors file: ")
+    assert refused(path).startswith("is not a safetensors file: ")
 
 
 @pytest.mark.parametrize("kept", [0, 7, 8, 2000, 300_000])
@@ -279,4 +279,4 @@ def test_a_file_that_was_cut(tmp_path, kept):
     """M8: a copy that stopped half-way."""
     path = tmp_path / "g.safetensors"
     path.write_bytes(LONG.read_bytes()[:kept])
-    assert refused(path).startswith("is no safetensors file: ")
+    assert refused(path).startswith("is not a safetensors file: ")
