@@ -361,7 +361,7 @@ def test_a_folder_without_the_mtp_module(converted, capsys, tmp_path):
         (["{q8}", "{q8}/config.json"], "is not a safetensors file"),
         (["{q8}", "{q8}/mtp.safetensors"], "is not a golden file of format 1"),
         (["{q8}", str(LONG), "--teacher-forced"], "needs the states of every position"),
-        (["absent", str(LONG)], "`absent` is no folder"),
+        (["absent", str(LONG)], "`absent` is not a folder"),
         (["{q8}", str(FP8), "--bounds", "q9"], "`--bounds`: invalid choice: 'q9'"),
         (["{q8}"], "the following arguments are required: golden"),
         (["perplexity", "{q8}", "absent.txt"], "`absent.txt` is not a file"),
