@@ -131,6 +131,16 @@ def test_paths_exist(page):
     assert not missing
 
 
+def test_rooms_and_benchmarks_are_named():
+    """The README's tree has every room; benchmarks/README.md has every program beside it."""
+    tree = (ROOT / "README.md").read_text(encoding="utf-8")
+    rooms = {path.parent.name for path in (ROOT / "mlx_dsv3").glob("*/__init__.py")}
+    assert not {room for room in rooms if f"\n  {room}/ " not in tree}
+    programs = {path.name for path in (ROOT / "benchmarks").glob("*.py")}
+    page = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
+    assert not {name for name in programs if f"`{name}" not in page}
+
+
 def blocks(page: Path, language: str = "") -> list[str]:
     """Return the fenced blocks of a page in a language."""
     text = page.read_text(encoding="utf-8")
