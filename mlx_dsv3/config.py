@@ -132,6 +132,11 @@ class ModelArgs:
     def is_yarn(self) -> bool:
         return bool(self.rope_scaling) and self.rope_scaling["type"] == "yarn"
 
+    def yarn_scale(self, name: str) -> float:
+        """Return yarn's M(a) = 0.1 a ln(factor) + 1 for the a of a name; 1 without yarn."""
+        factor = self.rope_scaling["factor"] if self.is_yarn else 1
+        return 1.0 if factor <= 1 else 0.1 * self.rope_scaling[name] * math.log(factor) + 1.0
+
     @property
     def has_mtp(self) -> bool:
         return self.num_nextn_predict_layers > 0
@@ -220,11 +225,6 @@ def _read_rope(config: dict) -> dict:
             raise UserError(f"config.json lacks `{where}.{key}`", _HUB_CONFIG_HINT)
     typed = {key: _typed(f"{where}.{key}", YARN[key], value) for key, value in scaling.items()}
     return {"rope_theta": theta, "rope_scaling": {"type": "yarn"} | typed}
-
-
-def yarn_mscale(factor: float, mscale: float) -> float:
-    """Return M(mscale) = 0.1 * mscale * ln(factor) + 1, or 1 where factor <= 1 (yarn)."""
-    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def read_json(path: Path) -> dict:

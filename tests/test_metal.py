@@ -77,7 +77,7 @@ def passes(folder: Path) -> dict[str, mx.array]:
     for name, start, end in (("prefill", 0, 320), ("verification", 320, 325), ("step", 325, 326)):
         g = model.hidden(ids[:, start:end], cache)
         out[name] = model.lm_head(g)
-    out["MTP"] = model.lm_head(mtp.last_state(g, ids[:, 326:327], mtp.make_cache()))
+    out["MTP"] = model.lm_head(mtp.states(g, ids[:, 326:327], mtp.make_cache(), last=1))
     mx.eval(out)
     return out
 

@@ -13,9 +13,8 @@ from mlx_dsv3.model.cache import LatentCache
 from mlx_dsv3.model.mla import (
     attend_absorbed,
     attend_expanded,
-    attend_latents,
     causal_mask,
-    head_slice,
+    some_heads,
 )
 
 # B batch  L queries  S cached  H heads  N nope  R rope  V value  C latent
@@ -203,7 +202,7 @@ def test_number_of_queries_decides_the_form(random_pair, monkeypatch, L, is_abso
 
 @pytest.mark.parametrize("mode", ["affine", "mxfp4", None])
 @pytest.mark.parametrize("heads", [slice(0, 4), slice(1, 3), slice(3, 4)])
-def test_head_slice(mode, heads):
+def test_some_heads(mode, heads):
     """Some heads of a packed layer must be those heads of the whole layer's output."""
     layer = MultiLinear(64, 32, H)
     if mode:
@@ -211,14 +210,12 @@ def test_head_slice(mode, heads):
     for width, transpose in (64, True), (32, False):
         x = mx.random.normal((1, 1, 5, width), key=mx.random.key(0))
         whole = layer(x, transpose=transpose)[:, heads]
-        part = head_slice(layer, heads, x, transpose=transpose)
+        part = some_heads(layer, heads)(x, transpose=transpose)
         assert_close(f"{mode} transpose={transpose}", part, whole, FORMS)
 
 
 def test_single_query_needs_no_mask():
     """One query sees every row; a mask of S - L + 1 keys would hide the last."""
     q_nope, q_pe, rows, embed_q, unembed_out = random_inputs(1, 1, 9)
-    q = mx.concatenate([embed_q(q_nope), q_pe], axis=-1) * SCALE
-    out = unembed_out(attend_latents(q, rows, R))
-    expected = attend_literally(q_nope, q_pe, rows, embed_q, unembed_out, SCALE)
-    assert_close("one query", out, expected, FORMS)
+    inputs = (q_nope, q_pe, rows, embed_q, unembed_out, SCALE)
+    assert_close("one query", attend_absorbed(*inputs), attend_literally(*inputs), FORMS)

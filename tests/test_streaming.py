@@ -115,7 +115,7 @@ def test_200_tokens_are_the_same_bits_at_every_capacity(folder_of, packing, arra
 def test_gathered_prefills_are_the_same_bits_too(folder_of, packing, monkeypatch):
     """A GPU gathers rows where a CPU takes one dense product an expert."""
     on_host, _ = logits_of(folder_of(packing), E, 0)
-    monkeypatch.setattr(cpu, "computes", lambda x: False)
+    monkeypatch.setattr(cpu, "takes", lambda *call: False)
     resident, _ = logits_of(folder_of(packing), E, 0)
     for capacity in K, E // 4:
         streamed, store = logits_of(folder_of(packing), capacity, 0)
@@ -144,7 +144,7 @@ def test_a_resident_bank_keeps_no_activations(folder_of):
 
 def test_padded_waves_give_the_same_bits(folder_of, monkeypatch):
     """On Metal the rows of a wave are padded to keep its kernel; no Linux test reaches that."""
-    monkeypatch.setattr(cpu, "computes", lambda x: False)
+    monkeypatch.setattr(cpu, "takes", lambda *call: False)
     resident, _ = logits_of(folder_of("q4"), E, 0)
     from mlx_dsv3.experts.store import Bank
 

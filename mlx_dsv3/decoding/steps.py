@@ -154,7 +154,7 @@ class Stepper:
         """
         state, cache = self.state, self.state.mtp_cache
         known = mx.array(state.ids[state.mtp_pairs + 1 :], mx.int32)
-        f = self.mtp.last_state(state.waiting(), mx.concatenate([known, last])[None], cache)
+        f = self.mtp.states(state.waiting(), mx.concatenate([known, last])[None], cache, last=1)
         fed = last
         for i in range(count):
             if i:

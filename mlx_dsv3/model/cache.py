@@ -37,15 +37,12 @@ class LatentCache:
         """Append rows (B, L, C + R) and return all of them, (B, length, C + R), unevaluated."""
         end = self.length + latents.shape[1]
         if self._buffer is None or end > self._buffer.shape[1]:
-            self._grow(-(-end // GROWTH) * GROWTH, latents)
+            B, _, width = latents.shape
+            more = mx.zeros((B, -(-end // GROWTH) * GROWTH - self.length, width), latents.dtype)
+            self._buffer = mx.concatenate([self.latents, more], axis=1) if self.length else more
         self._buffer[:, self.length : end] = latents
         self.length = end
         return self.latents
-
-    def _grow(self, capacity: int, like: mx.array) -> None:
-        B, _, width = like.shape
-        more = mx.zeros((B, capacity - self.length, width), like.dtype)
-        self._buffer = mx.concatenate([self.latents, more], axis=1) if self.length else more
 
     def trim(self, count: int) -> None:
         """Forget the last `count` rows."""

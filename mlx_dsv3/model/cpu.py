@@ -25,7 +25,6 @@ FEWEST_ROWS = {
     "mxfp8": {8: 2},
     "nvfp4": {4: 23},
 }
-MOST_ROWS = 26  # where a format was not measured
 BLOCK_BYTES = 32 << 20  # of unpacked weights at a time
 # The threads of NumPy's BLAS wait for each other at the end of each product, by yielding: where a
 # core is busy, products of few rows take 20 to 40 ms instead of 1 (docs/log.md). One thread never
@@ -33,27 +32,25 @@ BLOCK_BYTES = 32 << 20  # of unpacked weights at a time
 blas = cache(ThreadpoolController)
 
 
-def computes(x: mx.array) -> bool:
-    """Say whether MLX would compute with x on a CPU, in float32."""
-    return x.dtype == mx.float32 and not is_gpu()
-
-
 def fewest_rows(packing) -> int:
     """Return the rows from which NumPy is the faster one for a weight of this format."""
-    return 1 if packing is None else FEWEST_ROWS.get(packing.mode, {}).get(packing.bits, MOST_ROWS)
+    if packing is None:
+        return 1
+    return FEWEST_ROWS.get(packing.mode, {}).get(packing.bits, 26)  # the most of any above
 
 
 def takes(x: mx.array, rows: int, packing) -> bool:
-    """Say whether a call with so many rows of x leaves MLX for NumPy."""
-    return computes(x) and rows >= max(MIN_TOKENS, fewest_rows(packing) + WAIT_ROWS)
+    """Say whether NumPy takes the product of so many rows of x with a weight of this format."""
+    enough = rows >= max(MIN_TOKENS, fewest_rows(packing) + WAIT_ROWS)
+    return enough and x.dtype == mx.float32 and not is_gpu()
 
 
 def multiply(x: np.ndarray, weight: mx.array, scales, biases, packing) -> np.ndarray:
-    """Return x (rows, in) times the transpose of a weight (out, in), float32.
+    """Return x (..., in) times the transpose of a weight (out, in), float32.
 
     `packing` bears `bits`, `group_size` and `mode` of a packed weight; None for a plain one.
     """
-    out = np.empty((len(x), len(weight)), np.float32)
+    out = np.empty((*x.shape[:-1], len(weight)), np.float32)
     step = max(1, BLOCK_BYTES // (4 * x.shape[-1]))
     for i in range(0, len(weight), step):
         block, *scaling = [a if a is None else a[i : i + step] for a in (weight, scales, biases)]
@@ -62,5 +59,5 @@ def multiply(x: np.ndarray, weight: mx.array, scales, biases, packing) -> np.nda
             block = mx.dequantize(block, *scaling, *how, dtype=mx.float32)
         matrix = np.array(block, copy=False).T  # evaluated here
         with blas().limit(limits=1, user_api="blas"):
-            np.matmul(x, matrix, out=out[:, i : i + step])
+            np.matmul(x, matrix, out=out[..., i : i + step])
     return out

@@ -15,15 +15,18 @@ from mlx_dsv3.model.moe import MLP, MoE
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, args: ModelArgs, is_moe: bool):
+    def __init__(self, args: ModelArgs, i: int):
         super().__init__()
+        D, eps = args.hidden_size, args.rms_norm_eps
         self.self_attn = MLA(args)
-        self.mlp = MoE(args) if is_moe else MLP(args.hidden_size, args.intermediate_size)
-        self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.mlp = MoE(args) if args.is_moe_layer(i) else MLP(D, args.intermediate_size)
+        self.input_layernorm = nn.RMSNorm(D, eps=eps)
+        self.post_attention_layernorm = nn.RMSNorm(D, eps=eps)
 
-    def __call__(self, h: mx.array, cache=None) -> mx.array:
-        h = h + self.self_attn(self.input_layernorm(h), cache)
+    def __call__(self, h: mx.array, cache=None, last: int | None = None) -> mx.array:
+        """Return the states (B, L, D) after this layer; with `last`, of the last so many only."""
+        attended = self.self_attn(self.input_layernorm(h), cache, last)
+        h = (h[:, -last:] if last else h) + attended
         return h + self.mlp(self.post_attention_layernorm(h))
 
 
@@ -31,9 +34,7 @@ class Decoder(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
-        self.layers = [
-            DecoderLayer(args, args.is_moe_layer(i)) for i in range(args.num_hidden_layers)
-        ]
+        self.layers = [DecoderLayer(args, i) for i in range(args.num_hidden_layers)]
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
 
     def __call__(self, ids: mx.array, cache=None) -> mx.array:
@@ -49,7 +50,6 @@ class Model(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
-        self.model_type = args.model_type
         self.model = Decoder(args)
         self.lm_head = Linear(args.hidden_size, args.vocab_size)
 
@@ -66,5 +66,4 @@ class Model(nn.Module):
         return self.model.layers
 
     def make_cache(self) -> list[LatentCache]:
-        """Return one empty latent cache for each layer."""
         return [LatentCache() for _ in self.layers]

@@ -10,8 +10,12 @@ long prefill expands, in blocks of bounded memory.
 
 # B batch  L queries  S cached  D hidden  H heads  N nope  R rope  V value  C latent (kv_lora_rank)
 
+from collections.abc import Iterator
+from copy import copy
+
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_map
 from mlx_lm.models.mla import MultiLinear
 
 from mlx_dsv3.config import ModelArgs
@@ -30,53 +34,38 @@ def causal_mask(L: int, S: int) -> mx.array:
     return mx.arange(S) <= mx.arange(S - L, S)[:, None]
 
 
+def blocks(L: int, S: int, size: int) -> Iterator[tuple[slice, int]]:
+    """Yield blocks of queries, each with the number of positions that its last query sees."""
+    for start in range(0, L, size):
+        end = min(start + size, L)
+        yield slice(start, end), S - L + end
+
+
 def attend_absorbed(q_nope, q_pe, latents, embed_q, unembed_out, scale):
-    """Attend over the latent cache without expanding keys or values.
+    """Attend over the latent cache without expanding keys or values (spec 3.4).
 
     q_nope (B, H, L, N), q_pe (B, H, L, R), latents (B, S, C + R) -> (B, H, L, V). Queries are taken
     in blocks whose scores fit SCORE_BYTES.
     """
-    H, L, S = q_nope.shape[1], q_nope.shape[2], latents.shape[1]
-    q = mx.concatenate([embed_q(q_nope), q_pe], axis=-1) * scale  # (B, H, L, C + R)
-    block = max(1, SCORE_BYTES // (12 * H * S))
-    outs = []
-    for start in range(0, L, block):
-        end = min(start + block, L)
-        seen = S - L + end
-        outs.append(attend_latents(q[:, :, start:end], latents[:, :seen], q_pe.shape[-1]))
-    out_latent = outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=2)
-    return unembed_out(out_latent)  # (B, H, L, C) -> (B, H, L, V)
-
-
-def attend_latents(q, latents, rope_dims: int):
-    """Multi-query attention of q (B, H, L, C + R) over latents (B, S, C + R) -> (B, H, L, C)."""
-    B, H, L, width = q.shape
+    _, H, L, R = q_pe.shape
     S = latents.shape[1]
-    scores = q.reshape(B, H * L, width) @ latents.swapaxes(-1, -2)  # (B, H L, S)
-    scores = scores.reshape(B, H, L, S).astype(mx.float32)
-    if L > 1:
-        scores = mx.where(causal_mask(L, S), scores, -mx.inf)
-    weights = mx.softmax(scores, axis=-1).astype(latents.dtype)
-    out = weights.reshape(B, H * L, S) @ latents[..., :-rope_dims]  # the latent is also the value
-    return out.reshape(B, H, L, width - rope_dims)
+    q = mx.concatenate([embed_q(q_nope), q_pe], axis=-1) * scale  # (B, H, L, C + R)
+    outs = []
+    for block, seen in blocks(L, S, max(1, SCORE_BYTES // (12 * H * S))):
+        # One key serves every head: the heads are rows of one product.
+        queries, keys = q[:, :, block].flatten(1, 2), latents[:, :seen]
+        scores = mx.unflatten(queries @ keys.swapaxes(-1, -2), 1, (H, -1))  # (B, H, L, S)
+        scores = scores.astype(mx.float32)  # bfloat16 sums stop growing (test_softmax_is_fp32)
+        if L > 1:
+            scores = mx.where(causal_mask(scores.shape[2], seen), scores, -mx.inf)
+        weights = mx.softmax(scores, axis=-1).astype(keys.dtype).flatten(1, 2)  # (B, H L, S)
+        outs.append(mx.unflatten(weights @ keys[..., :-R], 1, (H, -1)))  # values: the latents
+    return unembed_out(mx.concatenate(outs, axis=2))  # (B, H, L, C) -> (B, H, L, V)
 
 
-def head_slice(layer: nn.Module, heads: slice, x: mx.array, transpose: bool) -> mx.array:
-    """Apply some heads of a `MultiLinear` (H, out, in), plain or quantised, to x (B, 1, S, in)."""
-    weight = layer["weight"][heads]
-    if "scales" not in layer:
-        return x @ (weight.swapaxes(-1, -2) if transpose else weight)
-    biases = layer.get("biases")
-    return mx.quantized_matmul(
-        x,
-        weight,
-        layer["scales"][heads],
-        None if biases is None else biases[heads],
-        transpose=transpose,
-        group_size=layer.group_size,
-        bits=layer.bits,
-        mode=layer.mode,
-    )
+def some_heads(layer: nn.Module, heads: slice) -> nn.Module:
+    """Return some heads of a `MultiLinear` (H, out, in), plain or quantised."""
+    return copy(layer).update(tree_map(lambda array: array[heads], layer.parameters()))
 
 
 def attend_expanded(q_nope, q_pe, latents, embed_q, unembed_out, scale):
@@ -85,27 +74,26 @@ def attend_expanded(q_nope, q_pe, latents, embed_q, unembed_out, scale):
     Same shapes and result as `attend_absorbed`. Keys are cut at the block's last position, so
     the part of a causal square that is masked anyway is mostly not computed.
     """
-    B, H, L, N = q_nope.shape
-    R, S, itemsize = q_pe.shape[-1], latents.shape[1], latents.itemsize
-    latent, k_pe = latents[:, None, :, :-R], latents[:, None, :, -R:]  # (B, 1, S, C), (B, 1, S, R)
-    V = unembed_out["weight"].shape[1]
-    group = max(1, EXPANDED_BYTES // (B * S * (N + R + V) * itemsize))
-    block = max(16, SCORE_BYTES // (3 * B * min(group, H) * S * itemsize))
+    _, H, L, N = q_nope.shape
+    B, S, _ = latents.shape
+    R, V = q_pe.shape[-1], unembed_out["weight"].shape[1]
+    latent, k_pe = mx.split(latents[:, None], [-R], axis=-1)  # (B, 1, S, C), (B, 1, S, R)
+    column_bytes = B * S * latents.itemsize
+    group = max(1, EXPANDED_BYTES // (column_bytes * (N + R + V)))
+    size = max(16, SCORE_BYTES // (3 * column_bytes * min(group, H)))
     groups = []
     for first in range(0, H, group):
-        heads = slice(first, min(first + group, H))
-        k_nope = head_slice(embed_q, heads, latent, transpose=False)  # (B, h, S, N)
+        heads = slice(first, first + group)
+        k_nope = some_heads(embed_q, heads)(latent, transpose=False)  # (B, h, S, N)
         k = mx.concatenate([k_nope, mx.broadcast_to(k_pe, (*k_nope.shape[:3], R))], axis=-1)
-        v = head_slice(unembed_out, heads, latent, transpose=True)  # (B, h, S, V)
+        v = some_heads(unembed_out, heads)(latent)  # (B, h, S, V)
         q = mx.concatenate([q_nope[:, heads], q_pe[:, heads]], axis=-1)
-        outs = []
-        for start in range(0, L, block):
-            end = min(start + block, L)
-            seen = S - L + end
-            out = mx.fast.scaled_dot_product_attention(
-                q[:, :, start:end], k[:, :, :seen], v[:, :, :seen], scale=scale, mask="causal"
+        outs = [
+            mx.fast.scaled_dot_product_attention(
+                q[:, :, block], k[:, :, :seen], v[:, :, :seen], scale=scale, mask="causal"
             )
-            outs.append(out)
+            for block, seen in blocks(L, S, size)
+        ]
         groups.append(mx.concatenate(outs, axis=2))
     return mx.concatenate(groups, axis=1)
 
@@ -138,36 +126,29 @@ class MLA(nn.Module):
         self.qkv_a_proj = Joined(q, self.pop("kv_a_proj_with_mqa"))
 
     def project(self, x: mx.array, offset: int) -> tuple[mx.array, mx.array, mx.array]:
-        """Return q_nope (B, H, L, N), q_pe (B, H, L, R) and new cache rows (B, L, C + R)."""
+        """Return q_nope (B, H, L, N), q_pe (B, H, L, R) and the new latents (B, L, C + R)."""
         B, L, _ = x.shape
-        q, row = self.qkv_a_proj(x)
+        q, latents = self.qkv_a_proj(x)
         if "q_b_proj" in self:
             q = self.q_b_proj(self.q_a_layernorm(q))
         q = q.reshape(B, L, self.num_heads, -1).swapaxes(1, 2)  # (B, H, L, N + R)
         q_nope, q_pe = mx.split(q, [self.nope_dims], axis=-1)
-        latent, k_pe = mx.split(row, [row.shape[-1] - self.rope_dims], axis=-1)
+        latent, k_pe = mx.split(latents, [-self.rope_dims], axis=-1)
         # One rope key serves every head; it is turned together with theirs, as one more head.
         pe = self.rope(mx.concatenate([q_pe, k_pe[:, None]], axis=1), offset)  # (B, H + 1, L, R)
-        row = mx.concatenate([self.kv_a_layernorm(latent), pe[:, -1]], axis=-1)
-        return q_nope, pe[:, :-1], row
+        # The norm is the latent's alone: the rope key has none (spec 3.3).
+        return q_nope, pe[:, :-1], mx.concatenate([self.kv_a_layernorm(latent), pe[:, -1]], axis=-1)
 
-    def extend(self, x: mx.array, cache: LatentCache) -> None:
-        """Append the rows of x (B, L, D) to the cache; attend from nowhere."""
-        cache.append(self.project(x, cache.length)[2])
-
-    def __call__(
-        self, x: mx.array, cache: LatentCache | None = None, last: int | None = None
-    ) -> mx.array:
+    def __call__(self, x: mx.array, cache=None, last: int | None = None) -> mx.array:
         """Attend from x (B, L, D) over `cache` and x itself.
 
         With `last`, only the last so many rows attend, and only theirs are returned.
         """
-        B, L = x.shape[0], last or x.shape[1]
-        q_nope, q_pe, latents = self.project(x, cache.length if cache is not None else 0)
-        if L < x.shape[1]:
-            q_nope, q_pe = q_nope[:, :, -L:], q_pe[:, :, -L:]
-        if cache is not None:
-            latents = cache.append(latents)
-        attend = attend_absorbed if L <= ABSORBED_MAX_QUERIES else attend_expanded
+        cache = LatentCache() if cache is None else cache
+        q_nope, q_pe, latents = self.project(x, cache.length)
+        latents = cache.append(latents)  # (B, S, C + R)
+        if last:
+            q_nope, q_pe = q_nope[:, :, -last:], q_pe[:, :, -last:]
+        attend = attend_absorbed if q_pe.shape[2] <= ABSORBED_MAX_QUERIES else attend_expanded
         out = attend(q_nope, q_pe, latents, self.embed_q, self.unembed_out, self.scale)
-        return self.o_proj(out.swapaxes(1, 2).reshape(B, L, -1))
+        return self.o_proj(out.swapaxes(1, 2).flatten(-2))  # (B, L, H V) -> (B, L, D)

@@ -6,7 +6,6 @@ they are computed (`mlx_dsv3/experts/products.py`).
 """
 
 # B batch  L queries  T tokens (B L)  D hidden  E routed experts  K experts per token  G groups
-# F expert width
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,9 +18,8 @@ from mlx_dsv3.model.linear import Joined, Linear
 def route(logits: mx.array, bias: mx.array, args: ModelArgs) -> tuple[mx.array, mx.array]:
     """Choose experts for router logits (T, E), float32 (spec 3.5).
 
-    Returns ids (T, K) in ascending order and weights (T, K) float32. The selection bias chooses
-    but never weighs; dropped groups are -inf (zero would win over negative scores); ties go to
-    the lower id (argsort is stable).
+    Returns ids (T, K) in ascending order and weights (T, K) float32. The bias chooses but never
+    weighs. Ties go to the lower id: argsort is stable.
     """
     scores = mx.sigmoid(logits)
     biased = scores + bias
@@ -29,18 +27,23 @@ def route(logits: mx.array, bias: mx.array, args: ModelArgs) -> tuple[mx.array, 
         groups = mx.unflatten(biased, -1, (args.n_group, -1))  # (T, G, E / G)
         group_scores = mx.sort(groups, axis=-1)[..., -2:].sum(-1)  # (T, G): the best two
         rank = mx.argsort(mx.argsort(-group_scores, axis=-1), axis=-1)
+        # Not 0, as in older code, which wins over every negative score of the groups kept.
         groups = mx.where((rank < args.topk_group)[..., None], groups, -mx.inf)
         biased = groups.flatten(-2)
     indices = mx.argsort(-biased, axis=-1)[..., : args.num_experts_per_tok]
     indices = mx.sort(indices, axis=-1)  # one order of summation on every backend
     weights = mx.take_along_axis(scores, indices, axis=-1)
     if args.norm_topk_prob:
-        weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
+        weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)  # scores may all underflow
     return indices, weights * args.routed_scaling_factor
 
 
 class Gate(nn.Module):
-    """Router: float32 weights, scores and selection bias, whatever the model's dtype."""
+    """Router: float32 weights, scores and selection bias, whatever the model's dtype.
+
+    The bias is a large offset of small spread: in bfloat16 few values of it are left, and up to
+    half of all tokens get other experts (spec 3.5).
+    """
 
     def __init__(self, args: ModelArgs):
         super().__init__()

@@ -8,6 +8,7 @@ of them. `select` and `attend_plain` without a fault compute what the product do
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
 import tiny
@@ -47,19 +48,8 @@ def mixtures(pair: Pair) -> list:
 def half_split_rope(monkeypatch, pair):
     """Pairs (i, i + R/2) instead of (2 i, 2 i + 1), on weights stored for adjacent pairs."""
 
-    def rotate(self, x, offset):
-        x = x * self.factor
-        return mx.fast.rope(
-            x,
-            self.dims,
-            traditional=False,
-            base=None,
-            scale=1.0,
-            offset=offset,
-            freqs=self.periods,
-        )
-
-    monkeypatch.setattr(Rope, "__call__", rotate)
+    for attention in attentions(pair):
+        attention.rope.turn = partial(attention.rope.turn, traditional=False)
 
 
 def normalised_k_pe(monkeypatch, pair):
@@ -114,7 +104,8 @@ def yarn_off(monkeypatch, pair):
     """Plain frequencies because the text is shorter than yarn's original length."""
     plain = rope_frequencies(dataclasses.replace(pair.args, rope_scaling=None))
     for attention in attentions(pair):
-        attention.rope.periods = mx.array((1 / plain).astype("float32"))
+        periods = mx.array((1 / plain).astype("float32"))
+        attention.rope.turn = partial(attention.rope.turn, freqs=periods)
 
 
 def no_rotation_factor(monkeypatch, pair):
