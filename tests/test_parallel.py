@@ -118,5 +118,5 @@ def test_two_processes_equal_one(computed, name):
 
 def test_what_cannot_be_divided(computed):
     """Cutting FP8 inside a block would give rows a neighbour's scale."""
-    assert "which is no multiple of 128" in computed["D, unaligned"][1]
+    assert "which is not a multiple of 128" in computed["D, unaligned"][1]
     assert "3 heads cannot be divided among 2 processes" in computed["odd"][1]

@@ -64,7 +64,7 @@ def test_the_reference_needs_no_mlx(tmp_path, checkpoint):
         f"sys.exit(record.main({recorded}) or generate.main({generated}))",
     )
     assert done.returncode == 0, done.stderr
-    assert "float32 on cpu" in done.stdout and out.is_file()
+    assert "holds 1 prompt, " in done.stdout and "float32 on cpu" in done.stdout and out.is_file()
 
 
 @pytest.mark.parametrize(

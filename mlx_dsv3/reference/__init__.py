@@ -3,5 +3,6 @@
 Read in this order: `model` (the arithmetic, literally), `fp8` (that of the original: activations
 quantised too), `kernels` (the same in Triton), `backends` (which one a device uses), `weights` (the
 hub's names and bytes), `stream` (one layer in memory at a time), `parallel` (one layer over several
-GPUs), `golden` (the file that a recording is), `record` and `generate` (the two programs).
+GPUs), `golden` (the file that a recording is), `source` (what both programs begin with), `record`
+and `generate` (the two programs).
 """

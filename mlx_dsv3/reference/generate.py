@@ -18,12 +18,10 @@ from mlx_dsv3.errors import Parser, UserError, imports, run_main
 
 with imports(__name__):
     import torch
-    from tokenizers import Tokenizer
     from torch import Tensor
 
-    from mlx_dsv3.reference import backends, parallel, weights
+    from mlx_dsv3.reference import parallel, source, weights
     from mlx_dsv3.reference.model import Model
-    from mlx_dsv3.reference.record import resolve
     from mlx_dsv3.reference.weights import HubTensors
 
 
@@ -134,43 +132,36 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m mlx_dsv3.reference.generate", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("source", help="folder or hub id of the original checkpoint")
+    source.add_options(parser)
     parser.add_argument("-p", "--prompt", required=True, help="text, with its role tokens")
     parser.add_argument("--max-tokens", type=int, default=100)
     parser.add_argument("--temp", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--drafts", type=int, default=0, help="tokens that the MTP module proposes")
-    parser.add_argument("--arithmetic", choices=weights.NAMES)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--matmul", choices=backends.NAMES, default="auto")
     return parser.parse_args(argv)
 
 
-def load(args: argparse.Namespace) -> tuple[Model, Path]:
+def load(args: argparse.Namespace, folder: Path, config: dict) -> Model:
     """Read the checkpoint, or with torchrun this process's part of it."""
-    folder = resolve(args.source)
-    config = HubTensors(folder).config
-    name = args.arithmetic or ("fp8" if "quantization_config" in config else "bf16")
-    device = parallel.start(args.device) if parallel.num_processes() > 1 else args.device
-    operations = backends.choose_operations(args.matmul, device)
-    arithmetic = weights.arithmetic_of(name, config, device, operations)
-    if parallel.num_processes() > 1:
-        return parallel.load(folder, arithmetic), folder
-    return weights.load(folder, arithmetic=arithmetic), folder
+    is_parallel = parallel.num_processes() > 1
+    device = parallel.start(args.device) if is_parallel else args.device
+    arithmetic = source.choose_arithmetic(args, config, device)
+    if is_parallel:
+        return parallel.load(folder, arithmetic)
+    return weights.load(folder, arithmetic=arithmetic)
 
 
 @torch.inference_mode()
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    model, folder = load(args)
-    if args.drafts and not model.args.num_nextn_predict_layers:
-        raise UserError(f"`{folder}` has no MTP layer", "leave `--drafts` out")
+    folder = source.resolve(args.source)
     config = HubTensors(folder).config
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    ids = tokenizer.encode(args.prompt, add_special_tokens=False).ids
-    bos, eos = config.get("bos_token_id"), config.get("eos_token_id")
-    ids = ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+    tokenizer = source.open_tokenizer(folder)
+    model = load(args, folder, config)
+    if args.drafts and not model.args.num_nextn_predict_layers:
+        raise UserError(f"`{folder}` has no MTP layer", "drop `--drafts`")
+    ids, eos = source.encode(tokenizer, args.prompt, config), config.get("eos_token_id")
     stop = eos if isinstance(eos, list) else [eos]
     counts, sampler = Counts(), Sampler(args.temp, args.top_p, args.seed)
     tokens = list(

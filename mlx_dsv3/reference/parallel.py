@@ -91,7 +91,7 @@ def cut(name: str, stored: Stored, dim: int, rows: range, arithmetic: Arithmetic
     if scale is not None:
         if rows.start % BLOCK or (rows.stop % BLOCK and rows.stop != tensor.shape[dim]):
             raise UserError(
-                f"`{name}` would be cut at {rows.start}, which is no multiple of {BLOCK}",
+                f"`{name}` would be cut at {rows.start}, which is not a multiple of {BLOCK}",
                 "`--arithmetic bf16` cuts anywhere, or choose fewer processes",
             )
         first, last = rows.start // BLOCK, -(-rows.stop // BLOCK)

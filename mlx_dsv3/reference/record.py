@@ -21,23 +21,13 @@ from mlx_dsv3.errors import Parser, UserError, imports, run_main
 
 with imports(__name__):
     import torch
-    from tokenizers import Tokenizer
     from torch import Tensor
 
-    from mlx_dsv3.reference import backends, golden, weights
+    from mlx_dsv3.reference import golden, source
     from mlx_dsv3.reference.stream import Stream
     from mlx_dsv3.reference.weights import HubTensors
 
 NUM_POSITIONS = 16  # positions whose states are kept with `--states sampled`
-
-
-def resolve(source: str) -> Path:
-    """Return the folder of a checkpoint; a hub id is downloaded through the hub's cache."""
-    if Path(source).is_dir() or source.startswith((".", "/", "~")) or source.count("/") != 1:
-        return Path(source)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
 
 
 def read_prompt(file: Path, folder: Path, config: dict, max_tokens: int | None) -> Tensor:
@@ -46,20 +36,14 @@ def read_prompt(file: Path, folder: Path, config: dict, max_tokens: int | None) 
     Raises `UserError` for what cannot be recorded.
     """
     if not file.is_file():
-        raise UserError(f"`{file}` is no file", "give a text file, or a `.json` list of token ids")
+        raise UserError(
+            f"`{file}` is not a file", "give a text file, or a `.json` list of token ids"
+        )
     text = file.read_text(encoding="utf-8")
     if file.suffix == ".json":
         ids = json.loads(text)
     else:
-        if not (folder / "tokenizer.json").is_file():
-            raise UserError(
-                f"`{folder}` has no tokenizer.json",
-                "give token ids: a `.json` file with one list of numbers",
-            )
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
-        bos = config.get("bos_token_id")
-        ids = ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+        ids = source.encode(source.open_tokenizer(folder), text, config)
     ids = ids[:max_tokens]
     if len(ids) < 3:
         raise UserError(f"`{file}` has {len(ids)} tokens; a recording needs 3")
@@ -182,9 +166,9 @@ class Recording:
         )
 
 
-def describe(source: str, tensors: HubTensors, arithmetic, args) -> dict[str, str]:
+def describe(args: argparse.Namespace, tensors: HubTensors, arithmetic) -> dict[str, str]:
     """Return the metadata of a golden file: what was recorded, from what, by what, on what."""
-    name = Path(source).name if Path(source).is_absolute() else source
+    name = Path(args.source).name if Path(args.source).is_absolute() else args.source
     return {
         "format": str(golden.FORMAT),
         "model": name,
@@ -205,17 +189,15 @@ def record(args: argparse.Namespace) -> dict[str, str]:
     out = Path(args.golden)
     if out.exists():
         raise UserError(f"`{out}` exists", "remove it, or choose another name")
-    folder = resolve(args.source)
+    folder = source.resolve(args.source)
     tensors = HubTensors(folder)
-    name = args.arithmetic or ("fp8" if "quantization_config" in tensors.config else "bf16")
-    operations = backends.choose_operations(args.matmul, args.device)
-    arithmetic = weights.arithmetic_of(name, tensors.config, args.device, operations)
+    arithmetic = source.choose_arithmetic(args, tensors.config, args.device)
     prompts = [
         read_prompt(Path(file), folder, tensors.config, args.max_tokens)
         for file in args.prompt_file
     ]
     stream = Stream(tensors, arithmetic)
-    metadata = describe(args.source, tensors, arithmetic, args)
+    metadata = describe(args, tensors, arithmetic)
     metadata["prompts"] = json.dumps([Path(file).name for file in args.prompt_file])
     metadata["config"] = json.dumps(asdict(stream.args))
     ids = hashlib.sha256(json.dumps([p.tolist() for p in prompts]).encode()).hexdigest()
@@ -241,22 +223,13 @@ def record(args: argparse.Namespace) -> dict[str, str]:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m mlx_dsv3.reference.record", description=__doc__.split("\n")[0])
-    parser.add_argument("source", help="folder or hub id of the original checkpoint")
+    source.add_options(parser)
     parser.add_argument("golden", help="safetensors file to write")
     parser.add_argument(
         "--prompt-file",
         action="append",
         required=True,
         help="a text, or a .json list of token ids; repeat it for several",
-    )
-    parser.add_argument(
-        "--arithmetic",
-        choices=weights.NAMES,
-        help="fp8 is that of the original code (default: fp8 for an FP8 checkpoint, else bf16)",
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--matmul", choices=backends.NAMES, default="auto", help="which code multiplies FP8"
     )
     parser.add_argument("--states", choices=("sampled", "all"), default="sampled")
     parser.add_argument("--max-tokens", type=int, help="cut each prompt after so many tokens")
@@ -267,9 +240,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     with torch.inference_mode():
         metadata = record(args)
-    size = Path(args.golden).stat().st_size / 1e6
+    size, num = Path(args.golden).stat().st_size / 1e6, len(args.prompt_file)
     print(
-        f"`{args.golden}` holds {len(args.prompt_file)} prompts, {size:.1f} MB: "
+        f"`{args.golden}` holds {num} prompt{'s' * (num > 1)}, {size:.1f} MB: "
         f"{metadata['arithmetic']} on {metadata['device']}"
     )
     return 0

@@ -16,6 +16,7 @@ from mlx_dsv3.errors import UserError
 from mlx_dsv3.reference import generate, golden, record, stream, weights
 from mlx_dsv3.reference.fp8 import Fp8Linear
 from mlx_dsv3.reference.model import MoE
+from mlx_dsv3.reference.source import resolve
 
 ROOT = Path(__file__).parents[2]
 IDS = ([5, 9, 150, 3, 77, 20, 20, 4, 11, 0, 93, 31], list(range(40, 81)), [1, 2, 3])
@@ -326,12 +327,12 @@ def test_hub_ids_and_folders(monkeypatch, tmp_path):
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert record.resolve("deepseek-ai/DeepSeek-R1") == tmp_path
+    assert resolve("deepseek-ai/DeepSeek-R1") == tmp_path
     assert asked == [("deepseek-ai/DeepSeek-R1", ["*.json", "*.safetensors"])]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "r1").mkdir(parents=True)
     for name in ("models/r1", "./absent/r1", "/absent", "absent"):
-        assert record.resolve(name) == Path(name)
+        assert resolve(name) == Path(name)
     assert len(asked) == 1
 
 
@@ -339,7 +340,7 @@ def test_hub_ids_and_folders(monkeypatch, tmp_path):
     ("more", "message"),
     [
         (["--arithmetic", "fp8"], "needs FP8 weights; this checkpoint has none"),
-        (["--prompt-file", "absent.txt"], "`absent.txt` is no file"),
+        (["--prompt-file", "absent.txt"], "`absent.txt` is not a file"),
         (["--prompt-file", "{tmp}/text.txt"], "has no tokenizer.json"),
         (["--prompt-file", "{tmp}/short.json"], "has 2 tokens; a recording needs 3"),
         (["--prompt-file", "{tmp}/beyond.json"], "ids outside the vocabulary of 160"),
@@ -363,6 +364,14 @@ def test_a_wrong_flag_is_one_sentence(program):
     with pytest.raises(UserError, match="`--matmul`: invalid choice: 'fast'") as caught:
         program.main(["folder", "--matmul", "fast"])
     assert caught.value.hint == f"`python -m {program.__name__} --help` lists the options"
+
+
+def test_generate_without_a_tokenizer(source, monkeypatch):
+    """It read 671B first and ended in a bare exception of the tokenizer's."""
+    folder, _ = source(tiny.A)
+    monkeypatch.setattr(generate, "load", lambda *_: pytest.fail("it loads"))
+    with pytest.raises(UserError, match="has no tokenizer.json"):
+        generate.main([str(folder), "-p", "text", "--device", "cpu"])
 
 
 def test_an_existing_golden_file_stays(source):
