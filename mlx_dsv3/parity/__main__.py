@@ -27,7 +27,7 @@ with imports(__name__):
     from mlx_dsv3.load import Loaded, load_model
     from mlx_dsv3.parity.bounds import RECIPES, Sources, Verdict, recipe_of
     from mlx_dsv3.parity.capacities import compare_capacities
-    from mlx_dsv3.parity.golden import dtype_name, read_golden
+    from mlx_dsv3.parity.golden import Golden, dtype_name, read_golden
     from mlx_dsv3.parity.perplexity import measure_perplexity
     from mlx_dsv3.parity.replay import Replay, check_same_model, same_source
     from mlx_dsv3.parity.report import as_json, check_plot, plot, print_report
@@ -61,18 +61,23 @@ def check(args: argparse.Namespace, folder: Folder, load: Callable[..., Loaded])
     }
     arithmetic = golden.about["arithmetic"]
     sources = Sources(recipe, arithmetic, about["activations"], args.teacher_forced)
-    verdict = Verdict(result, sources)
+    return tell(args, golden, about, Verdict(result, sources))
+
+
+def tell(args: argparse.Namespace, golden: Golden, about: dict, verdict: Verdict) -> int:
+    """Print and draw what was found; return the exit status."""
     if args.json:
         print(json.dumps(as_json(golden, about, verdict), indent=2))
     else:
         print_report(golden, about, verdict)
     if args.plot:
         plot(verdict, about, args.plot)
-    if verdict.breaches:
-        print(f"error: {verdict.breaches[0]}", file=sys.stderr)
-        if golden.has_every_state and not args.teacher_forced:
-            print(TEACHER_HINT, file=sys.stderr)
-    return 1 if verdict.breaches else 0
+    if not verdict.breaches:
+        return 0
+    print(f"error: {verdict.breaches[0]}", file=sys.stderr)
+    if golden.has_every_state and not args.teacher_forced:
+        print(TEACHER_HINT, file=sys.stderr)
+    return 1
 
 
 TEACHER_HINT = "\nhint: `--teacher-forced` tells one wrong layer from differences that piled up"

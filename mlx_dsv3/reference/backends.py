@@ -23,7 +23,7 @@ AGREEMENT = 1e-4
 def scaled_mm(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
     """Multiply as `fp8.block_matmul` does through `torch.nn.functional.scaled_mm`, in bfloat16.
 
-    cuBLAS wants whole blocks of K, token scales with tokens adjacent and their count a multiple of
+    cuBLAS needs whole blocks of K, token scales with tokens adjacent and their count a multiple of
     4, and weight scales with K blocks adjacent, padded to a multiple of 4.
     """
     T, K = x.shape

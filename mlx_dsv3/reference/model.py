@@ -2,7 +2,7 @@
 
 The slow, literal form: keys and values are expanded for every head, scores are one dense matrix,
 experts are a loop. It defines what the fast MLX modules must compute and shares no code with them.
-Modules bear the hub's tensor names, so `state_dict()` of the model *is* the checkpoint (the MTP
+Modules have the hub's tensor names, so `state_dict()` of the model *is* the checkpoint (the MTP
 module is layer `num_hidden_layers`; its copies of embedding and head are the main model's).
 
 Runs in float64, float32 or bfloat16: the dtype of the weights is the dtype of the activations.

@@ -3,7 +3,7 @@
     python -m mlx_dsv3.reference.record SOURCE GOLDEN --prompt-file TEXT [--arithmetic fp8] ...
 
 Streams the layers, so that 671B fits one GPU, or slowly a CPU. Stopped at any point, the same
-command goes on after the last finished layer. `python -m mlx_dsv3.parity MODEL GOLDEN` replays
+command resumes after the last finished layer. `python -m mlx_dsv3.parity MODEL GOLDEN` replays
 the file against an MLX conversion, on a machine that has neither the checkpoint nor torch.
 """
 
@@ -209,7 +209,7 @@ def record(args: argparse.Namespace) -> dict[str, str]:
         raise UserError(
             f"`{work.path}` holds a recording with another `{key}`: "
             f"`{found.get(key)}`; this run asks for `{settings[key]}`",
-            "repeat the first command to go on, or remove that folder",
+            "repeat the first command to resume it, or remove that folder",
         )
     try:
         count = NUM_POSITIONS if args.states == "sampled" else None
