@@ -93,7 +93,7 @@ def make_plan(args: argparse.Namespace) -> tuple[Plan, Shards | None]:
 
 
 def keep_revision(args: argparse.Namespace, destination: Destination, progress: Progress) -> None:
-    """Without `--revision`, go on with the one that a conversion from this repository began with.
+    """Without `--revision`, take the one that a conversion from this repository began with.
 
     The hub may have moved on since; files of two revisions would be mixed.
     """
@@ -101,7 +101,7 @@ def keep_revision(args: argparse.Namespace, destination: Destination, progress: 
     if args.revision or Path(args.source).exists() or source.get("id") != args.source:
         return
     args.revision = source["revision"]
-    progress.note(f"going on with revision `{args.revision}`, with which this conversion began")
+    progress.note(f"continuing with revision `{args.revision}`, with which this conversion began")
 
 
 def plan_command(args: argparse.Namespace) -> None:
@@ -119,7 +119,9 @@ def run_command(args: argparse.Namespace) -> None:
     keep_revision(args, destination, progress)
     plan, shards = make_plan(args)
     if plan.source.args.has_mtp and not plan.with_mtp:
-        progress.note("config.json announces an MTP layer and the shards hold none: going without")
+        progress.note(
+            "config.json announces an MTP layer but the shards hold none; converting without it"
+        )
     if (mtp := plan.recipe.by_role["mtp"]) and plan.with_mtp and mtp.bits < 8:
         progress.note(
             f"the recipe gives the MTP layer {mtp.bits} bits: few drafts will be accepted"
@@ -189,7 +191,7 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if getattr(args, "jobs", 1) < 1:
-        raise UserError(f"`--jobs` is {args.jobs}; one thread is the least", "drop `--jobs`")
+        raise UserError(f"`--jobs` is {args.jobs}; at least one thread is needed", "drop `--jobs`")
     return COMMANDS[args.command](args) or 0
 
 

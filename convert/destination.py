@@ -95,7 +95,7 @@ class Destination:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"another conversion is at work in `{self.folder}`",
+                f"another conversion is running in `{self.folder}`",
                 "wait for it, or stop it and repeat this command",
             ) from None
         self.journal = Journal(self.partial / JOURNAL)
@@ -165,7 +165,7 @@ def place(source: dict) -> str:
 
 
 def refuse_disagreement(folder: Path, head: dict, journal: Journal) -> None:
-    """Refuse a run that is another than the one that began, and say in what it differs.
+    """Refuse a run that differs from the one that began, and say in what it differs.
 
     Shards of a folder may be other files than at the beginning as long as nothing, or not
     everything, that is done came from such: the run converts again what they gave.
@@ -183,7 +183,7 @@ def refuse_disagreement(folder: Path, head: dict, journal: Journal) -> None:
         if begun[key] != head[key]:
             raise UserError(
                 conversion + f"with {word} `{begun[key]}`; this run has `{head[key]}`",
-                f"go on as it was begun, or {other_folder}",
+                f"continue as it was begun, or {other_folder}",
             )
     if begun["plan"] != head["plan"]:
         raise UserError(
@@ -223,6 +223,6 @@ def refuse_other_source(folder: Path, head: dict, journal: Journal, num_done: in
         )
     raise UserError(
         f"`{changed[0]}` is not the file that the conversion in `{folder}` has read: "
-        "its size or time is another",
+        "its size or time differs",
         f"put that one back with its time (`cp -p`), or {begin_anew}",
     )

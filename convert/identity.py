@@ -3,7 +3,7 @@
 Three digests, none of which reads more than a few megabytes: `shards_sha256` over the sha256 of
 every shard, which the hub tells; `sampled_sha256` over some bytes of the weights in a folder;
 `source_sha256` over norms and biases, which both kinds of source know and golden files carry.
-The first one that two sources share decides. Sizes and times of files are no part of it: they
+The first one that two sources share decides. Sizes and times of files are not part of it: they
 belong to one folder on one machine (`Source.stamps`) and serve the resume of a conversion alone.
 """
 

@@ -211,8 +211,9 @@ def _check_scale(source: Source, tensor: HubTensor) -> None:
 def _refuse_extra(source: Source, name: str) -> None:
     where = source.tensors[name].shard
     if name.endswith(SCALE_SUFFIX):
-        raise UserError(f"`{name}` in `{where}` scales no FP8 weight", INCOMPLETE)
+        raise UserError(f"`{name}` in `{where}` does not scale an FP8 weight", INCOMPLETE)
     raise UserError(
-        f"`{where}` holds `{name}`, which a `{source.args.model_type}` of this config.json has not",
+        f"`{where}` holds `{name}`, which a `{source.args.model_type}` with this config.json does "
+        "not have",
         "nothing is dropped silently; report the checkpoint if it should convert",
     )

@@ -1,4 +1,4 @@
-"""Which units are written, so that a killed conversion goes on where it stopped.
+"""Which units are written, so that a killed conversion continues where it stopped.
 
 One line a unit, with the sha256 of what was written and the unit's error sums. A `synced` line
 names the units that are on the disk for certain; the others may have been lost with the power, so

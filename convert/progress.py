@@ -44,7 +44,7 @@ class Progress:
             self._task = self._bar.add_task("converting", total=total, completed=done)
             self._bar.start()
         elif done:
-            self.note(f"going on at {size(done)} of {size(total)}")
+            self.note(f"continuing at {size(done)} of {size(total)}")
 
     def advance(self, nbytes: int, label: str) -> None:
         """Count `nbytes` more; `label` names the file at work."""

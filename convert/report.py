@@ -52,7 +52,7 @@ def print_plan(plan: Plan, disk_peak: int | None) -> None:
         f"memory  {size(memory['resident_bytes'])} to run resident; streamed from "
         f"{size(memory['streamed_bytes'])}, or {size(memory['quarter_bytes'])}\n"
         f"        with a quarter of the experts in memory; "
-        f"and {memory['bytes_per_token'] / 1e3:.1f} KB a token of context\n"
+        f"and {memory['bytes_per_token'] / 1e3:.1f} KB per token of context\n"
         f"time    about {minutes_of_arithmetic(plan):.0f} min of arithmetic on one core or GPU "
         f"here, if the disk keeps up"
     )

@@ -52,12 +52,12 @@ def run(
     small_files: Callable[[Plan, Path], list[str]] = write_small_files,
     shards: Shards | None = None,
 ) -> None:
-    """Carry a plan out; `small_files` writes what is no tensor and returns the names.
+    """Carry a plan out; `small_files` writes what is not a tensor and returns the names.
 
-    `shards` brings the source's files while the work goes on; None where they are all here.
+    `shards` brings the source's files while the work continues; None where they are all here.
 
     Raises `UserError` for a run by somebody else in the same folder, a damaged source, a disk that
-    is too small or full. After any interruption the same call goes on to the same bytes.
+    is too small or full. After any interruption the same call ends with the same bytes.
     """
     mx.set_cache_limit(CACHE_BYTES)
     head = {
@@ -77,11 +77,11 @@ def run(
         if is_full_disk(error):
             raise UserError(
                 f"the disk of `{destination.folder}` is full; nothing that was converted is lost",
-                "free some space and repeat the same command to go on",
+                "free some space and repeat the same command to continue",
             ) from error
         raise
     except KeyboardInterrupt:
-        progress.note("stopped; repeat the same command to go on")
+        progress.note("stopped; repeat the same command to continue")
         raise
     finally:
         progress.stop()
@@ -174,7 +174,7 @@ class _Run:
             self.sync_now()
         finally:
             if self.shards:
-                self.shards.close()  # or a reader would wait for a shard that nobody wants
+                self.shards.close()  # or a reader would wait for a shard that nobody needs
             for pool in pools:
                 pool.shutdown(cancel_futures=True)
 
@@ -234,7 +234,7 @@ class _Run:
             raise UserError(f"`{changed[0]}` was changed while it was converted", hint)
 
     def complete_folder(self, small_files: Callable[[Plan, Path], list[str]]) -> None:
-        """Write everything that is no tensor, conversion.json last, and bring it to the disk."""
+        """Write everything that is not a tensor, conversion.json last, and bring it to the disk."""
         partial = self.destination.partial
         names = [*self.plan.files, *small_files(self.plan, partial)]
         with ThreadPoolExecutor(self.jobs) as pool:

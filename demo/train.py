@@ -119,7 +119,7 @@ def fused_attention(self, x, cache=None):
     k_pe = apply_rope(k_pe, cos, sin)[:, None].expand(-1, self.H, -1, -1)
     q = torch.cat([q_nope, apply_rope(q_pe, cos, sin)], dim=-1)
     k = torch.cat([k_nope, k_pe], dim=-1)
-    v = F.pad(v, (0, q.shape[-1] - v.shape[-1]))  # the fused kernel wants one width
+    v = F.pad(v, (0, q.shape[-1] - v.shape[-1]))  # the fused kernel needs one width
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
     return self.o_proj(out[..., : args.v_head_dim].transpose(1, 2).flatten(2))
 

@@ -52,7 +52,7 @@ ROPE_KEYS = {*YARN, "type", "rope_type", "rope_theta", "partial_rotary_factor"}
 
 @dataclass
 class ModelArgs:
-    """Model dimensions and constants; every field bears its name in the hub's config.json.
+    """Model dimensions and constants; every field has its name in the hub's config.json.
 
     The defaults are those of the model's own configuration_deepseek.py (mlx-lm's differ).
     """
@@ -176,9 +176,9 @@ def _check_assumed(name: str, value, assumed) -> None:
 
 
 def _typed(name: str, wanted: type, value):
-    """Return a value as its field wants it; refuse what would fail far from here, or count as true.
+    """Return a value as its field needs it; refuse what would fail far from here, or count as true.
 
-    An integer is a float too; a float is no integer, and neither is a bool.
+    An integer is a float too; a float is not an integer, and neither is a bool.
     """
     is_int = isinstance(value, int) and not isinstance(value, bool)
     if wanted is int and not is_int or wanted == int | None and not (is_int or value is None):

@@ -76,7 +76,7 @@ def tell(error: BaseException) -> int:
 
 
 def run_main(main: Callable[[], int | None]) -> int:
-    """Run a command line: 2 after a `UserError` or for want of a package, 130 after Ctrl-C."""
+    """Run a command line: 2 after a `UserError` or where a package is missing, 130 after Ctrl-C."""
     try:
         return main() or 0
     except (UserError, ImportError, KeyboardInterrupt) as error:

@@ -83,7 +83,7 @@ def check_state(loaded: Loaded, state: State, control: DraftControl) -> None:
     elif control.fixed and state.mtp_cache is None:
         raise UserError(
             f"`drafts={control.fixed}` needs an MTP cache and this state was made without one",
-            "`make_state(loaded)` makes one with it; `drafts=0` goes on without",
+            "`make_state(loaded)` makes one with it; `drafts=0` needs none",
         )
 
 

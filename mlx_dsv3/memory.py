@@ -75,7 +75,7 @@ class MemoryPlan:
         slots = sorted(set(self.slots.values()))
         count = "-".join(str(slots[i]) for i in sorted({0, len(slots) - 1})) if slots else "0"
         kind = "resident" if self.is_resident else "streamed"
-        return f"{kind}: {count} of {self.num_experts} a layer"
+        return f"{kind}: {count} of {self.num_experts} per layer"
 
     def rows(self) -> list[tuple[str, int, str]]:
         """Return (what, bytes, remark) for a table."""
@@ -176,9 +176,9 @@ def make_plan(
         raise UserError(f"`--experts` is `{experts}`", f"choose one of {', '.join(MODES)}")
     if expert_memory_gb is not None and experts == "resident":
         raise UserError(
-            f"`--expert-memory {expert_memory_gb:g}` bounds experts that `--experts resident` "
-            "wants in memory, all of them",
-            "leave one of the two out",
+            f"`--expert-memory {expert_memory_gb:g}` bounds the experts in memory and "
+            "`--experts resident` keeps all of them there",
+            "drop one of the two",
         )
     limit = int(available_bytes() * USABLE_SHARE) if limit_bytes is None else limit_bytes
     sizes = sizes_of(tensors, args, dtype)

@@ -109,7 +109,10 @@ NAN_SCALE = torch.full((1, 1), float("nan"))
 BAD = {
     "missing scale": (drop(Q_A + "_scale_inv"), f"`{Q_A}` is FP8 and its `weight_scale_inv`"),
     "scale without weight": (drop(Q_A), f"`{Q_A}` is in none of 3 shards"),
-    "scale that scales nothing": (add("x.weight_scale_inv", torch.ones(1)), "scales no FP8 weight"),
+    "scale that scales nothing": (
+        add("x.weight_scale_inv", torch.ones(1)),
+        "does not scale an FP8 weight",
+    ),
     "scale of a wrong shape": (replace(Q_A + "_scale_inv", torch.ones(2, 1)), "need [1, 1]"),
     "scale of a wrong dtype": (
         replace(Q_A + "_scale_inv", torch.ones(1, 1, dtype=torch.float16)),

@@ -128,7 +128,7 @@ def shard_of(server: Hub, number: int) -> tuple[str, int]:
 
 
 def test_cut_connections_and_busy_answers(server, checkpoint, tmp_path):
-    """A cut download goes on where it stopped; a busy server is asked again."""
+    """A cut download continues where it stopped; a busy server is asked again."""
     (cut, size), (busy, _) = shard_of(server, 3), shard_of(server, 5)
     server.faults = {cut: [("cut", 200_000), ("cut", 100_000)], busy: [("status", 503)] * 2}
     status, _, errors = run(server, tmp_path, "run", REPO, tmp_path / "out", "--discard-source")

@@ -359,7 +359,7 @@ def test_the_branch_moves_on_in_the_middle(models, hub, run, stop, tmp_path):
     assert f"`--revision {COMMIT}` to resume" in text
     status, text = run("run", REPO, out, "--discard-source")
     assert status == 0
-    assert f"going on with revision `{COMMIT}`, with which this conversion began" in text
+    assert f"continuing with revision `{COMMIT}`, with which this conversion began" in text
     assert contents(out) == contents(tmp_path / "straight")
 
 

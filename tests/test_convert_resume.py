@@ -185,7 +185,7 @@ def test_ctrl_c_stops_and_says_how_to_go_on(straight, tmp_path):
     argv = [sys.executable, "-c", CHILD, "interrupt", "300000", str(tmp_path / "log"), "2"]
     stopped = subprocess.run([*argv, str(hub), str(out)], cwd=ROOT, capture_output=True, text=True)
     assert stopped.returncode == 130
-    assert stopped.stderr.strip() == "stopped; repeat the same command to go on"
+    assert stopped.stderr.strip() == "stopped; repeat the same command to continue"
     assert child(hub, out) == 0
     assert contents(out) == want
 
@@ -199,4 +199,4 @@ def test_a_second_run_beside_a_living_one_is_refused(straight, tmp_path):
         argv = [sys.executable, "-m", "convert", "run", str(hub), str(out)]
         second = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     assert second.returncode == 2
-    assert f"error: another conversion is at work in `{out}`" in second.stderr
+    assert f"error: another conversion is running in `{out}`" in second.stderr

@@ -113,7 +113,7 @@ def test_streamed_chunks_are_as_large_as_memory_allows(folder):
 
 
 def test_contradicting_flags(folder):
-    with pytest.raises(UserError, match="bounds experts that `--experts resident`"):
+    with pytest.raises(UserError, match="`--experts resident` keeps all of them"):
         plan_memory(folder, experts="resident", expert_memory_gb=1.0)
 
 

@@ -197,7 +197,7 @@ def is_complete(snapshot: Path, with_mtp: bool) -> bool:
 def fetch(folder: Folder) -> Folder:
     """Bring what is still on the hub into huggingface_hub's cache, the sidecar first.
 
-    Says on stderr what is fetched, and where to. An interrupted download goes on where it stopped.
+    Says on stderr what is fetched, and where to. An interrupted download resumes there.
     """
     if folder.repo is None:
         return folder

@@ -123,7 +123,7 @@ class Repo:
     def fetch(self, shard: str, folder: Path | None) -> Path:
         """Bring a shard onto this machine: into `folder`, or into the hub's cache for None.
 
-        In a folder an interrupted download goes on where it stopped, also in a later process, and
+        In a folder an interrupted download continues where it stopped, also in a later process, and
         the result must have the hub's sha256.
         """
         from huggingface_hub import hf_hub_download

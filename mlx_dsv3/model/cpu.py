@@ -48,7 +48,7 @@ def takes(x: mx.array, rows: int, packing) -> bool:
 def multiply(x: np.ndarray, weight: mx.array, scales, biases, packing) -> np.ndarray:
     """Return x (..., in) times the transpose of a weight (out, in), float32.
 
-    `packing` bears `bits`, `group_size` and `mode` of a packed weight; None for a plain one.
+    `packing` has `bits`, `group_size` and `mode` of a packed weight; None for a plain one.
     """
     out = np.empty((*x.shape[:-1], len(weight)), np.float32)
     step = max(1, BLOCK_BYTES // (4 * x.shape[-1]))

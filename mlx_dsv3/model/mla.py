@@ -99,7 +99,7 @@ def attend_expanded(q_nope, q_pe, latents, embed_q, unembed_out, scale):
 
 
 class MLA(nn.Module):
-    """Latent attention; parameters bear mlx-lm's names (`kv_b_proj` split for absorption)."""
+    """Latent attention; parameters have mlx-lm's names (`kv_b_proj` split for absorption)."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()

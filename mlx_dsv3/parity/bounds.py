@@ -24,9 +24,9 @@ class Bound(NamedTuple):
     """Largest differences: of a stage, of routing, and of text.
 
     `error`, `worst` and `channel` are as in `differences.Stage`. `tie` is the router margin below
-    which another choice is no difference; `rerouted` is the share of other choices above it. `kl`
-    is the mean divergence in nats, `perplexity` the relative difference of perplexities,
-    which sees a wrong row of the head that golden's likely tokens do not touch.
+    which another choice is not a difference; `rerouted` is the share of other choices above it.
+    `kl` is the mean divergence in nats, `perplexity` the relative difference of perplexities, which
+    sees a wrong row of the head that golden's likely tokens do not touch.
     """
 
     error: float

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 8 -m mlx_dsv3.reference.generate SOURCE -p TEXT --device cuda
 
-For those with 8 GPUs who want 671B resident. Each process holds H / n heads of every attention and
+For those with 8 GPUs who can hold 671B. Each process holds H / n heads of every attention and
 a contiguous E / n of every layer's experts; o_proj and the routed experts are summed over all
 processes in float32 (NCCL on CUDA, gloo on a CPU). Sums in another order round otherwise, so
 logits agree to float32's precision and not bit for bit. Embedding, head, router, shared experts

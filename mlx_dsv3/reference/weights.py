@@ -69,7 +69,7 @@ def arithmetic_of(
         if quantization.get("quant_method") != "fp8":
             raise UserError(
                 "`--arithmetic fp8` needs FP8 weights; this checkpoint has none",
-                "`--arithmetic bf16` computes as such a checkpoint is meant",
+                "`--arithmetic bf16` is the arithmetic of such a checkpoint",
             )
         if quantization.get("weight_block_size", [BLOCK, BLOCK]) != [BLOCK, BLOCK]:
             raise UserError("`--arithmetic fp8` knows blocks of 128 x 128 only")

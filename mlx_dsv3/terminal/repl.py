@@ -99,7 +99,7 @@ COMMANDS: dict[str, Callable[[Chat], None]] = {
 
 
 def answer_line(chat: Chat, line: str) -> None:
-    """Run a slash command or take a turn; an error is told and the chat goes on."""
+    """Run a slash command or take a turn; an error is told and the chat continues."""
     word = line.split()[0]
     try:
         if not word.startswith("/"):

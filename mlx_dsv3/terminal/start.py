@@ -33,7 +33,7 @@ def tell_streaming(loaded: Loaded) -> None:
     print(
         f"experts {loaded.plan.experts_words} in memory; the folder reads at "
         f"{speed / 1e9:.2f} GB/s, so a token takes {store.token_bytes / speed:.2g} s of reading "
-        "where none of its experts is there",
+        "if none of its experts is in memory",
         file=sys.stderr,
     )
     if speed < SLOW_DISK and nbytes >= LEAST_PROBED:

@@ -48,7 +48,7 @@ def stats_words(stats: Stats) -> list[str]:
     drafts = stats.drafts
     if drafts.draft_steps:
         shares = " ".join(f"{share:.0%}" for share in drafts.acceptance)
-        text = f"drafts accepted {shares}, {drafts.tokens_per_forward:.2f} tokens a step"
+        text = f"drafts accepted {shares}, {drafts.tokens_per_forward:.2f} tokens per step"
         if drafts.speed_up is not None:
             text += f", {drafts.speed_up:.2f} x plain"
         words.append(text)

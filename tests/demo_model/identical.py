@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--prompts", type=int, default=40)
     parser.add_argument("--tokens", type=int, default=200)
-    parser.add_argument("--slots", type=int, default=8, help="expert slots a layer when streamed")
+    parser.add_argument("--slots", type=int, default=8, help="expert slots per layer when streamed")
     args = parser.parse_args()
     mx.set_default_device(mx.cpu)  # no GPU promises the same bits
     resident, drafts = load(args.folder, experts="resident"), list(range(1, MAX_DRAFTS + 1))

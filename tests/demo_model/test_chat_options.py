@@ -161,7 +161,7 @@ def test_drafts_of_no_folder_is_no_folder(tmp_path):
 
 
 def test_a_read_error_inside_a_reply(open_chat, capsys, monkeypatch):
-    """The error begins its own line, the session goes on and knows nothing of the failed turn."""
+    """The error begins its own line, the session continues and knows nothing of the failed turn."""
     talk = open_chat(*STREAMED, "--stats", "off", "--drafts", "0")
     answer_line(talk, QUESTION)
     answer = capsys.readouterr().out

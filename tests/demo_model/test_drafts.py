@@ -175,7 +175,7 @@ def test_a_quantisation_has_its_own_saved_conversations(loaded, converted):
 
 
 def test_statistics_of_a_reply(loaded, ask):
-    """Acceptance by position, tokens a step, and speed against the control's own plain steps."""
+    """Acceptance by position, tokens per step, and speed against the control's own plain steps."""
     control, tokens = DraftControl(), 0
     for _ in range(4):
         *_, last = stream(loaded, ask(QUESTION), control=control)

@@ -125,7 +125,7 @@ def test_ctrl_c_in_the_reader_keeps_what_was_said(session):
 
 
 def test_ctrl_c_before_the_first_token(session, at_step):
-    """No statistics, and the session goes on."""
+    """No statistics, and the session continues."""
     at_step(1, lambda: signal.raise_signal(signal.SIGINT))
     (end,) = session.turn(QUESTION)
     assert (end.finish_reason, end.stats) == ("interrupted", None)
