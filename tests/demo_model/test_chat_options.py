@@ -143,7 +143,7 @@ def test_plan_names_what_takes_memory(demo_q4):
     names = [line[:14].strip() for line in done.stdout.splitlines()]
     memory = ["trunk", "MTP module", "latent cache", "transients", "experts"]
     assert names == [*memory, "together", "allowed"]
-    assert "2,048 tokens" in done.stdout and "resident: 32 of 32 a layer" in done.stdout
+    assert "2,048 tokens" in done.stdout and "resident: 32 of 32 per layer" in done.stdout
     assert done.returncode == 0 and done.stderr == ""
 
 
