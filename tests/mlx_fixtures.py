@@ -24,11 +24,17 @@ def fixed_mlx_seed():
     mx.random.seed(0)
 
 
+@pytest.fixture
+def all_in_mlx(monkeypatch):
+    """Leave every product to MLX, as on a GPU."""
+    monkeypatch.setattr(cpu, "takes", lambda *call: False)
+
+
 @pytest.fixture(params=["numpy", "mlx"])
-def both_ways(request, monkeypatch):
-    """Run a test twice: with `model/cpu.py`, and with every product left to MLX, as on a GPU."""
+def both_ways(request):
+    """Run a test twice: with `model/cpu.py`, and without it, which is the code that a Mac runs."""
     if request.param == "mlx":
-        monkeypatch.setattr(cpu, "takes", lambda *call: False)
+        request.getfixturevalue("all_in_mlx")
 
 
 @pytest.fixture(scope="session")

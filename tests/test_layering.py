@@ -77,6 +77,13 @@ def test_imports_go_one_way(path):
         assert third_party(ROOT / path) <= REFERENCE_MAY
 
 
+def test_the_model_is_one_sitting():
+    """A rule that is read in three rooms is checked against the paper in none."""
+    paths = list((ROOT / "mlx_dsv3" / "model").glob("*.py"))
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths) <= 620
+    assert set().union(*map(own_modules, paths)) <= {"model", "config", "device", "errors"}
+
+
 @pytest.mark.parametrize("room", ["convert", *ROOMS])
 def test_no_cycles_inside_a_room(room):
     """Two files that import each other are one file, read in two places."""

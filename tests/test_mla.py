@@ -91,6 +91,7 @@ def test_causal_mask_counts_from_the_end():
     assert np.array_equal(np.array(causal_mask(4, 4)), np.tri(4, dtype=bool))
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("cached", [0, 1, 2, 254, 255, 256, 257, 511])
 def test_verification_across_a_growth_step(random_pair, monkeypatch, cached):
     """L = 2 when the cache is empty, has one row, or reallocates at 256 in the middle of them."""
@@ -107,6 +108,7 @@ def test_verification_across_a_growth_step(random_pair, monkeypatch, cached):
         assert_close(f"limit {limit}, {cached} cached", out, whole, FORMS)
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_cache_holds_normed_latent_and_rotated_key_only(random_pair):
     """576 numbers a token: per-head keys, or a rope key that is rotated again at every use."""
     pair = random_pair(tiny.A)
@@ -121,6 +123,7 @@ def test_cache_holds_normed_latent_and_rotated_key_only(random_pair):
     assert_close("cache rows", cache.latents, joined, FORMS)
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_trimmed_rows_leave_no_trace(random_pair):
     """Rejected drafts: after a trim the next rows must overwrite them and take their positions."""
     layer = random_pair(tiny.A).model.layers[1].self_attn

@@ -16,7 +16,7 @@ from mlx_dsv3.checkpoint.format import Quantization
 from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.decoding.draft_control import MAX_DRAFTS
 from mlx_dsv3.experts import products
-from mlx_dsv3.experts.products import compute_experts, compute_lazily
+from mlx_dsv3.experts.products import RoutedExperts, compute_experts, compute_lazily
 from mlx_dsv3.experts.store import Projection
 from mlx_dsv3.model import cpu
 from mlx_dsv3.model.linear import Joined, Linear
@@ -133,6 +133,7 @@ def test_vanishing_scores_give_no_nan():
     assert weights.tolist() == [[0.0, 0.0, 0.0]]
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_gate_is_float32_for_bf16_states(random_pair):
     """A gate cast with the model: bf16 logits choose other experts (47 % at V3's bias)."""
     pair = random_pair(tiny.A, dtype=mx.bfloat16)
@@ -147,6 +148,7 @@ def test_gate_is_float32_for_bf16_states(random_pair):
     assert pair.model.layers[1].mlp(x[None]).dtype == mx.bfloat16
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("length", [1, 23, 408])
 def test_one_set_of_experts_for_every_token(random_pair, length):
     """Every row in the same slots: a gather that assumes spread, empty slots in between."""
@@ -177,6 +179,7 @@ class ArrayBank:
     gate_up: Projection
     down: Projection
     num_experts: int
+    dearest: Quantization | None
     wants_ids: bool = False
 
 
@@ -188,7 +191,8 @@ def random_bank(experts: int, hidden: int, width: int, packing: Quantization | N
         parts = mx.quantize(weight, packing.group_size, packing.bits, packing.mode)
         return Projection(*parts, *[None] * (3 - len(parts)), packing)
 
-    return ArrayBank(projection(0, 2 * width, hidden), projection(1, hidden, width), experts)
+    gate_up, down = projection(0, 2 * width, hidden), projection(1, hidden, width)
+    return ArrayBank(gate_up, down, experts, packing)
 
 
 def random_choices(packing) -> tuple[ArrayBank, mx.array, mx.array]:
@@ -249,7 +253,7 @@ def test_result_does_not_depend_on_slots(packing):
         parts = [None if part is None else part[order] for part in parts]
         return Projection(*parts, projection.quantization)
 
-    elsewhere = ArrayBank(moved(bank.gate_up), moved(bank.down), bank.num_experts)
+    elsewhere = dataclasses.replace(bank, gate_up=moved(bank.gate_up), down=moved(bank.down))
     slots = mx.argsort(order)[indices]
     rows = x[:, None, None]
     expected = compute_experts(bank, rows, indices, is_sorted=False)
@@ -277,6 +281,39 @@ def test_experts_equal_a_loop(packing):
         assert_close(f"token {token}", y[token, choice], expected, FORMS)
 
 
+@pytest.mark.parametrize(
+    "tokens, wants_ids, way",
+    [(1, False, "lazily"), (5, False, "lazily"), (1, True, "by_id"), (90, False, "by_id")],
+)
+def test_ids_are_read_where_they_are_wanted(monkeypatch, tokens, wants_ids, way):
+    """A bank that streams needs them at each step, a resident one on a CPU for a prompt alone."""
+    bank, x, indices = random_choices(PACKINGS["q4"])
+    bank.wants_ids, used = wants_ids, []
+
+    def spy(name: str):
+        def compute(bank, x, experts):
+            used.append((name, type(experts)))
+            return mx.zeros((*experts.shape, x.shape[-1]))
+
+        return compute
+
+    for name in "lazily", "by_id":
+        monkeypatch.setattr(products, f"compute_{name}", spy(name))
+    y = RoutedExperts(bank)(x[None, :tokens], indices[None, :tokens], meanwhile=x)
+    assert used == [(way, np.ndarray if way == "by_id" else mx.array)]
+    assert y.shape == (1, tokens, 3, 128)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_resident_step_waits_for_nothing(random_pair, tokens):
+    """A value read in the middle of a step stops the GPU; MLX refuses it while a trace is made."""
+    model = random_pair(tiny.A).model
+    ids = mx.arange(tokens)[None]
+    traced = mx.compile(lambda ids: model(ids, model.make_cache()))(ids)
+    assert_close(f"{tokens} tokens", traced, model(ids), LAYER)
+
+
+@pytest.mark.usefixtures("both_ways")
 def test_without_shared_experts(random_pair):
     """n_shared_experts null: the routed sum alone."""
     mixture = random_pair(tiny.A).model.layers[1].mlp
@@ -288,6 +325,7 @@ def test_without_shared_experts(random_pair):
     assert "shared_experts" not in MoE(dataclasses.replace(make_args(), n_shared_experts=None))
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize(
     "formats, products",
     [
@@ -364,6 +402,7 @@ def test_products_leave_the_threads_of_blas_alone():
     assert threads() == before
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_mlp_keeps_gate_and_up_apart():
     """silu(gate) * up, not silu(up) * gate."""
     mlp = MLP(64, 96)

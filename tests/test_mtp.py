@@ -7,6 +7,8 @@ from compare import LAYER, LOGITS, assert_close, same_bits
 from mlx.utils import tree_flatten
 from parity.pairs import mlx_pairs, random_ids
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 
 @pytest.fixture
 def pair(random_pair):

@@ -22,7 +22,6 @@ from mlx_dsv3.experts import products
 from mlx_dsv3.experts import store as expert_store
 from mlx_dsv3.experts.store import EMPTY, ExpertStore
 from mlx_dsv3.load import load_model, plan_memory
-from mlx_dsv3.model import cpu
 
 CONFIG = tiny.D | {
     "hidden_size": 128,
@@ -82,6 +81,7 @@ def logits_of(folder, capacity: int, decoded: int) -> tuple[np.ndarray, ExpertSt
     return rows, store
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize(
     "packing, arrangement", [*product(PACKINGS, ["records"]), ("q4", "stacked")]
 )
@@ -99,6 +99,7 @@ def test_logits_are_the_same_bits_at_every_capacity(folder_of, packing, arrangem
         assert store.counters.misses > E  # it did stream
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.slow
 @pytest.mark.parametrize("arrangement", ["records", "stacked"])
 @pytest.mark.parametrize("packing", PACKINGS)
@@ -112,19 +113,16 @@ def test_200_tokens_are_the_same_bits_at_every_capacity(folder_of, packing, arra
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_gathered_prefills_are_the_same_bits_too(folder_of, packing, monkeypatch):
-    """A GPU gathers rows where a CPU takes one dense product an expert."""
-    on_host, _ = logits_of(folder_of(packing), E, 0)
-    monkeypatch.setattr(cpu, "takes", lambda *call: False)
-    resident, _ = logits_of(folder_of(packing), E, 0)
-    for capacity in K, E // 4:
-        streamed, store = logits_of(folder_of(packing), capacity, 0)
-        assert np.array_equal(streamed, resident), f"{capacity} slots"
-        assert store.counters.misses > E
-    assert np.abs(on_host - resident).max() <= 1e-5 * np.abs(resident).max()
-    assert not np.array_equal(on_host, resident)  # both paths did run
+def test_gathered_prefills_are_close_to_dense_ones(folder_of, packing, request):
+    """A GPU gathers rows where a CPU takes one dense product per expert."""
+    dense, _ = logits_of(folder_of(packing), E, 0)
+    request.getfixturevalue("all_in_mlx")
+    gathered, _ = logits_of(folder_of(packing), E, 0)
+    assert np.abs(dense - gathered).max() <= 1e-5 * np.abs(gathered).max()
+    assert not np.array_equal(dense, gathered)  # both ways did run
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_a_full_bank_read_the_streamed_way_gives_the_same_bits(folder_of, monkeypatch):
     resident, _ = logits_of(folder_of("q4"), E, 20)
     monkeypatch.setattr(ExpertStore.__init__, "__defaults__", (None, True))
@@ -133,6 +131,7 @@ def test_a_full_bank_read_the_streamed_way_gives_the_same_bits(folder_of, monkey
     assert np.array_equal(forced, resident)
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_a_resident_bank_keeps_no_activations(folder_of):
     """On a CPU its prompts go the streamed way, but no slot ever changes: nothing to wait for."""
     loaded = load_with(folder_of("q4"), E)
@@ -142,9 +141,8 @@ def test_a_resident_bank_keeps_no_activations(folder_of):
     store.close()
 
 
-def test_padded_waves_give_the_same_bits(folder_of, monkeypatch):
+def test_padded_waves_give_the_same_bits(folder_of, monkeypatch, all_in_mlx):
     """On Metal the rows of a wave are padded to keep its kernel; no Linux test reaches that."""
-    monkeypatch.setattr(cpu, "takes", lambda *call: False)
     resident, _ = logits_of(folder_of("q4"), E, 0)
     from mlx_dsv3.experts.store import Bank
 
@@ -227,6 +225,7 @@ def test_a_slot_is_not_overwritten_under_a_lazy_graph(folder_of):
     store.close()
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_prefill_reads_each_expert_at_most_once_a_layer(folder_of):
     """Expert-major waves: 300 tokens need every expert, and no expert twice."""
     loaded = load_with(folder_of("q4"), E // 4)

@@ -8,6 +8,8 @@ from compare import LAYER, assert_close
 from mlx_dsv3.model.cache import LatentCache
 from parity.pairs import BIAS_MEANS, CONFIGS, random_states
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_attention_layer(random_pair, name):

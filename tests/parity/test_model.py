@@ -12,6 +12,8 @@ from compare import LOGITS, assert_close
 from mlx_dsv3.model import mla
 from parity.pairs import BIAS_MEANS, CONFIGS, mlx_logits, random_ids
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 CHUNKS = {"full": (23,), "10+5+8": (10, 5, 8), "17+1+2+3": (17, 1, 2, 3)}
 
 

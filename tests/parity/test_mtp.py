@@ -11,6 +11,8 @@ from compare import LOGITS, assert_close
 
 from parity.pairs import BIAS_MEANS, CONFIGS, mlx_drafts, mlx_pairs, random_ids
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 CHUNKS = {"full": (22,), "10+5+7": (10, 5, 7), "16+1+2+3": (16, 1, 2, 3)}
 
 
