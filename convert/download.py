@@ -12,11 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from convert.plan import Plan, Unit
-from convert.source import COPIED, Source, check_index, needed_shards, refuse_config
+from convert.source import COPIED, Source, check_index, convertible, needed_shards
 from mlx_dsv3.checkpoint.format import INDEX
 from mlx_dsv3.checkpoint.headers import read_raw_header
 from mlx_dsv3.checkpoint.hub import HEADER_REQUESTS, Repo
-from mlx_dsv3.config import ModelArgs, read_config
+from mlx_dsv3.config import read_config
 from mlx_dsv3.errors import UserError
 
 AHEAD = 2
@@ -31,8 +31,7 @@ def open_repo(repo: Repo, only_mtp: bool = False) -> tuple[Source, "Shards"]:
     """
     folder = repo.small_files(("config.json", INDEX, *COPIED))
     config = read_config(folder)
-    refuse_config(config)
-    names = needed_shards(folder, ModelArgs.from_dict(config), only_mtp)
+    names = needed_shards(folder, convertible(config), only_mtp)
     missing = [shard for shard in names if shard not in repo.sizes]
     if missing:
         raise UserError(

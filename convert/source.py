@@ -1,9 +1,9 @@
 """A checkpoint in the hub's layout: which tensor lies where, and its bytes.
 
-Safetensors headers are parsed here and checked to the byte, so that a truncated download or an
-index that lies is found before anything is converted. This file knows nothing about layers,
-recipes or MLX. Tensors are read with `pread` and files are opened for each read: mapped pages
-would count as resident memory, and 163 shards held open exceed the limit of a Mac's shell.
+Headers and index are checked against each other and to the byte, so that a truncated download is
+found before anything is converted. This file knows nothing about layers, recipes or MLX. Tensors
+are read with `pread` and files are opened for each read: mapped pages would count as resident
+memory, and 163 shards held open exceed the limit of a Mac's shell.
 """
 
 import hashlib
@@ -151,10 +151,11 @@ def block_size(config: dict) -> tuple[int, int]:
     return (block[0], block[1])
 
 
-def refuse_config(config: dict) -> None:
+def convertible(config: dict) -> ModelArgs:
     """Refuse what does not convert before any shard is looked at."""
-    ModelArgs.from_dict(config)
+    args = ModelArgs.from_dict(config)
     block_size(config)
+    return args
 
 
 def needed_shards(folder: Path, args: ModelArgs, only_mtp: bool) -> dict[str, list[str] | None]:
@@ -175,8 +176,7 @@ def open_folder(folder: Path, only_mtp: bool = False) -> Source:
     With `only_mtp`, shards that hold nothing of the MTP layer are left alone.
     """
     config = read_config(folder)
-    refuse_config(config)
-    shards = needed_shards(folder, ModelArgs.from_dict(config), only_mtp)
+    shards = needed_shards(folder, convertible(config), only_mtp)
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing == [SINGLE] and not (folder / INDEX).exists():
         raise UserError(f"`{folder}` has no {INDEX} and no {SINGLE}", AGAIN)

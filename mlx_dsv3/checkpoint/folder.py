@@ -2,7 +2,7 @@
 
 MODEL is a path or a hub id. A repository is used from huggingface_hub's cache where all its files
 are there, without asking the hub; else it is opened by range requests, so that a plan can be made
-and refused before anything large is fetched.
+and refused before anything large is fetched. `fetch` then brings what is lacking.
 """
 
 import shutil
@@ -79,7 +79,8 @@ def open_model(model: str | Path | Folder, with_mtp: bool = True) -> Folder:
         return open_repo(Repo(model, waits=()), with_mtp)
     except UserError as error:
         if any(is_complete(snapshot, with_mtp=False) for snapshot in snapshots):
-            error.hint = f"only `{SIDECAR}` is not on this machine: `--drafts 0` does without it"
+            hint = f"only `{SIDECAR}` is not on this machine: `--drafts 0` does without it"
+            raise UserError(error.message, hint) from None
         raise
 
 
@@ -87,7 +88,12 @@ def open_folder(path: Path, with_mtp: bool = True) -> Folder:
     """Read the headers of an MLX folder on this machine."""
     if not path.is_dir():
         raise UserError(f"`{path}` is not a folder", "give an MLX folder, or `make demo` for one")
-    return describe(path, str(path), files_in(path), read_header, with_mtp)
+    return describe(path, str(path), files_in(path) - left_out(with_mtp), read_header)
+
+
+def left_out(with_mtp: bool) -> set[str]:
+    """Return the files that are not looked at."""
+    return set() if with_mtp else {SIDECAR}
 
 
 def files_in(path: Path) -> set[str]:
@@ -97,7 +103,7 @@ def files_in(path: Path) -> set[str]:
 
 def open_repo(repo: Repo, with_mtp: bool = True) -> Folder:
     """Read the headers of a repository by range requests, and fetch its small files."""
-    path, present = repo.small_files(SMALL_FILES), set(repo.sizes)
+    path, present = repo.small_files(SMALL_FILES), set(repo.sizes) - left_out(with_mtp)
     ModelArgs.from_dict(check_config(path, repo.repo_id))  # before a request for each shard
     names = [*weight_names(path, repo.repo_id, present), *({SIDECAR} & present)]
     with ThreadPoolExecutor(HEADER_REQUESTS) as pool:
@@ -106,14 +112,10 @@ def open_repo(repo: Repo, with_mtp: bool = True) -> Folder:
     def header(file: Path) -> dict[str, TensorInfo]:
         return parse_header(file, *raw[file.name])
 
-    folder = describe(path, repo.repo_id, present, header, with_mtp)
-    folder.repo = repo
-    return folder
+    return replace(describe(path, repo.repo_id, present, header), repo=repo)
 
 
-def describe(
-    path: Path, name: str, present: set[str], header: Callable[[Path], dict], with_mtp: bool
-) -> Folder:
+def describe(path: Path, name: str, present: set[str], header: Callable[[Path], dict]) -> Folder:
     """Return a folder of which the files `present` exist; `name` is what the user called it."""
     if PARTIAL in present:
         raise UserError(
@@ -130,7 +132,7 @@ def describe(
             f"`{name}` is a hub checkpoint (its shards hold the MTP layer), not an MLX folder",
             CONVERT_HINT.format(name),
         )
-    sidecar = header(path / SIDECAR) if with_mtp and SIDECAR in present else {}
+    sidecar = header(path / SIDECAR) if SIDECAR in present else {}
     return Folder(path, config, args, tensors, sidecar)
 
 
