@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mlx_dsv3.checkpoint.format import read_index
-from mlx_dsv3.checkpoint.headers import read_header
+from mlx_dsv3.checkpoint.headers import header_length, read_header
 from mlx_dsv3.errors import UserError
 
 GOOD = {
@@ -62,8 +62,6 @@ DAMAGE = {
     "two negative sizes": {"shape": [-2, -2]},
     "float size": {"shape": [4.0]},
     "bool size": {"shape": [True, 4]},
-    "size beyond MLX's": {"shape": [0, 2**31], "data_offsets": [24, 24]},
-    "huge size": {"shape": [0, HUGE], "data_offsets": [24, 24]},
     "many dimensions": {"shape": [4, *[1] * 1000]},
     "larger shape": {"shape": [5]},
     "smaller shape": {"shape": [3]},
@@ -106,16 +104,35 @@ def test_an_entry_must_be_an_object(tmp_path, entry):
         "{",
         "{}{}",
         "",
-        b"\xff\xfe{}",
+        "{}".encode("utf-16"),
         "[" * 100_000,
         '{"a":' * 100_000,
-        '{"a":{"dtype":' + "[" * 900 + "]" * 900 + ',"shape":[],"data_offsets":[0,1]}}',
         '{"a":{"dtype":"U8","shape":[' + "9" * 5000 + '],"data_offsets":[0,40]}}',
     ],
 )
 def test_what_is_not_a_header(tmp_path, header):
     """Pages, lists, nests of 10^5 and numbers of 5,000 digits: no traceback, no overflow."""
-    refusal(write(tmp_path / "x.safetensors", header))
+    assert "no safetensors header" in refusal(write(tmp_path / "x.safetensors", header))
+
+
+@pytest.mark.parametrize("shape", [[0, 2**31], [0, HUGE], [0, *[1] * 8]])
+def test_sizes_that_mlx_does_not_have(tmp_path, shape):
+    """An empty tensor takes no bytes, whatever its other sizes: nothing else would be wrong."""
+    path = write(tmp_path / "x.safetensors", GOOD | {"empty": GOOD["empty"] | {"shape": shape}})
+    assert f"`empty` in `{path}` has a damaged shape" == refusal(path)
+
+
+def test_a_nest_is_not_printed(tmp_path):
+    """What a header calls a dtype may be a page of lists, and as deep as Python can read."""
+    nest = "[" * 900 + "]" * 900
+    text = json.dumps(GOOD).replace('"BF16"', nest)
+    assert refusal(write(tmp_path / "x.safetensors", text)).endswith("unknown dtype `none`")
+
+
+def test_an_answer_of_a_few_bytes():
+    """A server may send less than was asked for: no length can be read from that."""
+    with pytest.raises(UserError, match="`x` is truncated"):
+        header_length(b"\1", "x", 100)
 
 
 @pytest.mark.parametrize("where", ["tensor", "dtype"])
