@@ -12,9 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from convert.plan import Plan, Unit
-from convert.source import COPIED, Source, check_index, convertible, needed_shards
+from convert.source import COPIED, Source, check_index, convertible, needed_shards, read_bytes
 from mlx_dsv3.checkpoint.format import INDEX
-from mlx_dsv3.checkpoint.headers import read_raw_header
 from mlx_dsv3.checkpoint.hub import HEADER_REQUESTS, Repo
 from mlx_dsv3.config import read_config
 from mlx_dsv3.errors import UserError
@@ -22,28 +21,6 @@ from mlx_dsv3.errors import UserError
 AHEAD = 2
 WORKERS = 2
 SMALL_BYTES = 32 << 20  # journal, index, tokenizer
-
-
-def open_repo(repo: Repo, only_mtp: bool = False) -> tuple[Source, "Shards"]:
-    """Open a checkpoint on the hub by its headers; no shard is downloaded.
-
-    With `only_mtp`, shards that hold nothing of the MTP layer are left alone.
-    """
-    folder = repo.small_files(("config.json", INDEX, *COPIED))
-    config = read_config(folder)
-    names = needed_shards(folder, convertible(config), only_mtp)
-    missing = [shard for shard in names if shard not in repo.sizes]
-    if missing:
-        raise UserError(
-            f"`{repo.repo_id}` has no `{missing[0]}` ({len(missing)} of {len(names)} shards)",
-            "give the repository of a whole checkpoint",
-        )
-    with ThreadPoolExecutor(HEADER_REQUESTS) as pool:
-        headers = dict(zip(names, pool.map(repo.header, names), strict=True))
-    shards = Shards(repo, headers)
-    source = Source(folder, config, headers, repo=repo, path_of=shards.path)
-    check_index(source, names)
-    return source, shards
 
 
 class Shards:
@@ -82,8 +59,9 @@ class Shards:
 
     def fetch(self, shard: str) -> Path:
         """Fetch a shard and refuse it unless it has the header that was planned with."""
-        path = self.repo.fetch(shard, self.folder)
-        if read_raw_header(path) != self.headers[shard]:
+        path, (raw, size) = self.repo.fetch(shard, self.folder), self.headers[shard]
+        begin = len(raw).to_bytes(8, "little") + raw
+        if path.stat().st_size != size or read_bytes(path, 0, len(begin)) != begin:
             path.unlink()
             raise UserError(
                 f"`{shard}` is not the file that was planned with",
@@ -158,6 +136,28 @@ class Shards:
         with self.changed:
             self.is_closed = True
             self.changed.notify_all()
+
+
+def open_repo(repo: Repo, only_mtp: bool = False) -> tuple[Source, Shards]:
+    """Open a checkpoint on the hub by its headers; no shard is downloaded.
+
+    With `only_mtp`, shards that hold nothing of the MTP layer are left alone.
+    """
+    folder = repo.small_files(("config.json", INDEX, *COPIED))
+    config = read_config(folder)
+    names = needed_shards(folder, convertible(config), only_mtp)
+    missing = [shard for shard in names if shard not in repo.sizes]
+    if missing:
+        raise UserError(
+            f"`{repo.repo_id}` has no `{missing[0]}` ({len(missing)} of {len(names)} shards)",
+            "give the repository of a whole checkpoint",
+        )
+    with ThreadPoolExecutor(HEADER_REQUESTS) as pool:
+        headers = dict(zip(names, pool.map(repo.header, names), strict=True))
+    shards = Shards(repo, headers)
+    source = Source(folder, config, headers, repo=repo, path_of=shards.path)
+    check_index(source, names)
+    return source, shards
 
 
 def order_of_need(source: Source, units: list[Unit]) -> list[str]:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from convert.dequantize import dequantize_blocks
 from convert.plan import Plan, role_rows
+from mlx_dsv3.checkpoint.format import EXPERT_KEY
 from mlx_dsv3.sizes import size
 
 CACHE_DTYPE_BYTES = 2
@@ -76,7 +77,7 @@ def memory_needs(plan: Plan) -> dict[str, int]:
     for file in plan.files.values():
         for part in file.parts:
             total += part.nbytes
-            if ".mlp.experts." in part.name or ".mlp.switch_mlp." in part.name:
+            if EXPERT_KEY.fullmatch(part.name):
                 experts += part.nbytes
     slot = experts // args.n_routed_experts  # one expert of every layer
     width = args.kv_lora_rank + args.qk_rope_head_dim
