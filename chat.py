@@ -13,7 +13,7 @@ from pathlib import Path
 from mlx_dsv3.conversation.settings import SETTINGS, make_sampler
 from mlx_dsv3.decoding.draft_control import fixed_drafts
 from mlx_dsv3.errors import Parser, UserError, run_main
-from mlx_dsv3.terminal.trace import check_writable
+from mlx_dsv3.terminal.trace import Trace, check_writable
 
 DEMO = Path("build/demo-q4")
 
@@ -133,7 +133,7 @@ def open_chat(options: argparse.Namespace):
     if options.stats == "line":
         tell_start(loaded, options.context)
     if options.trace is not None:
-        loaded.store.trace_to(Path(options.trace))
+        Trace(loaded.store, Path(options.trace))
     session = Session(
         loaded,
         system=options.system,

@@ -21,7 +21,6 @@ from conditions import print_conditions
 from mlx_lm.utils import load_model as load_in_mlx_lm
 from synthetic import BASE, write_folder
 
-from mlx_dsv3.experts.store import ExpertStore
 from mlx_dsv3.load import load_model
 
 
@@ -47,12 +46,9 @@ def decode(model, ids: mx.array, num_tokens: int) -> tuple[float, float, list[in
 
 def forced(folder: Path):
     """Load with full banks that read their ids back."""
-    defaults = ExpertStore.__init__.__defaults__
-    ExpertStore.__init__.__defaults__ = (None, True)
-    try:
-        return load_model(folder, experts="resident").model
-    finally:
-        ExpertStore.__init__.__defaults__ = defaults
+    loaded = load_model(folder, experts="resident")
+    loaded.store.on_route = lambda layer, experts: None
+    return loaded.model
 
 
 def main() -> None:

@@ -37,7 +37,8 @@ from synthetic import BASE, drop_from_page_cache, write_folder
 
 from mlx_dsv3.checkpoint.folder import open_folder
 from mlx_dsv3.experts.products import HITS_FIRST_AFTER_S, compute_by_id
-from mlx_dsv3.experts.store import NUM_READERS, ExpertStore, Files
+from mlx_dsv3.experts.reader import NUM_READERS, Files, Job
+from mlx_dsv3.experts.store import ExpertStore
 from mlx_dsv3.load import load, load_model, plan_memory
 from mlx_dsv3.model.moe import MoE
 
@@ -128,9 +129,9 @@ def bench_reads(root: Path, dtype: mx.Dtype = mx.bfloat16, trials: int = 7) -> l
 def slowed(read, delay_s: float):
     """Return a reader that takes `delay_s` longer for each request, side by side."""
 
-    def slow(*job):
+    def slow(job: Job) -> None:
         time.sleep(delay_s)
-        read(*job)
+        read(job)
 
     return slow
 
@@ -139,10 +140,10 @@ def throttled(read, bytes_per_s: float):
     """Return a reader behind one disk of the given bandwidth."""
     disk = threading.Lock()
 
-    def slow(bank, request, slot):
+    def slow(job: Job) -> None:
         with disk:
-            time.sleep(request.nbytes / bytes_per_s)
-        read(bank, request, slot)
+            time.sleep(sum(map(len, job.buffers)) / bytes_per_s)
+        read(job)
 
     return slow
 
@@ -156,7 +157,7 @@ def bench_overlap(root: Path) -> list[dict]:
     store = ExpertStore(opened.all_tensors, opened.args, mx.float32, {1: SLOTS})
     bank = store.open_layer(1)
     x = mx.random.normal((2, 7168), key=mx.random.key(0))
-    read = store._read
+    read = store.reader.read
     hits = np.arange(12, dtype=np.int32)
     rows = []
 
@@ -177,9 +178,9 @@ def bench_overlap(root: Path) -> list[dict]:
             experts = np.concatenate([hits, missing])  # 12 rows there, 4 to read
             bank.forget(bank.expert_in[bank.expert_in != -1])
             bank.begin(hits).wait()
-            store._read = slowed(read, delay_s)
+            store.reader.read = slowed(read, delay_s)
             times.append(step(experts))
-            store._read = read
+            store.reader.read = read
         per_row = hit_s / 16
         hits_s, misses_s = 12 * per_row, 4 * per_row
         predicted = max(hits_s, delay_s) + misses_s
@@ -227,7 +228,7 @@ def prefill_row(root: Path, config: dict, recipe: str, is_slow: bool) -> dict:
         mx.eval(compute_by_id(bank, mx.zeros((64, 512)), np.zeros((64, 1), np.int32)))
         row_s = (time.perf_counter() - start) / 64
         speed = sum(request.nbytes for request in bank.requests[0]) / (30 * row_s)
-        store._read = throttled(store._read, speed)
+        store.reader.read = throttled(store.reader.read, speed)
     for each in store.banks.values():
         each.forget(each.expert_in[each.expert_in != -1])
     before = {layer: each.counters.misses for layer, each in store.banks.items()}
@@ -266,7 +267,7 @@ def bench_regime(root: Path, tokens: int = 40) -> list[dict]:
         loaded = load_with_slots(folder, share)
         model, store, args = loaded.model, loaded.store, loaded.args
         if not keeps:
-            store._read = dropping(store)
+            store.reader.read = dropping(store)
         ids = np.random.default_rng(0).integers(0, args.vocab_size, 8 + tokens).tolist()
         cache, times = model.make_cache(), []
         drop_from_page_cache(folder)
@@ -288,13 +289,12 @@ def bench_regime(root: Path, tokens: int = 40) -> list[dict]:
 
 def dropping(store: ExpertStore):
     """Return the store's reader, after which the bytes leave the page cache."""
-    read, files = store._read, store._files
+    read, files = store.reader.read, store.reader.files
 
-    def read_and_drop(bank, request, slot):
-        read(bank, request, slot)
-        os.posix_fadvise(
-            files.open(request.path), request.offset, request.nbytes, os.POSIX_FADV_DONTNEED
-        )
+    def read_and_drop(job: Job) -> None:
+        read(job)
+        nbytes = sum(map(len, job.buffers))
+        os.posix_fadvise(files.open(job.path), job.offset, nbytes, os.POSIX_FADV_DONTNEED)
 
     return read_and_drop
 

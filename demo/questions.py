@@ -15,6 +15,7 @@ from mlx_dsv3.conversation.messages import Conversation
 from mlx_dsv3.errors import run_main
 from mlx_dsv3.generate import stream
 from mlx_dsv3.load import Loaded, load
+from mlx_dsv3.terminal.trace import Trace
 
 QUESTIONS = Path(__file__).parent / "questions.json"
 REQUIRED = 16
@@ -41,7 +42,7 @@ def main() -> int:
     options = parser.parse_args()
     loaded = load(options.model)
     if options.trace:
-        loaded.store.trace_to(options.trace)
+        Trace(loaded.store, options.trace)
     right = 0
     questions = json.loads(QUESTIONS.read_text(encoding="utf-8"))
     for entry in questions:

@@ -18,7 +18,7 @@ from mlx_dsv3.decoding.sampler import Sampler
 from mlx_dsv3.decoding.state import State, common_prefix_length
 from mlx_dsv3.decoding.steps import DraftStats, Stepper, catch_up, decode
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.experts.store import Counters
+from mlx_dsv3.experts.bank import Counters
 from mlx_dsv3.load import Loaded
 from mlx_dsv3.model.decoder import Model
 from mlx_dsv3.model.mtp import MTP

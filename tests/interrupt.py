@@ -1,14 +1,15 @@
-"""Ctrl-C at a chosen line of our code, as a signal could bring it."""
+"""Ctrl-C at a chosen line of our code: the signal itself, so that code may defer it."""
 
+import signal
 import sys
 from collections.abc import Callable
 
 
 class Interrupt:
-    """Raise KeyboardInterrupt at the n-th line of some files, and again `then` lines later."""
+    """Send SIGINT at the n-th line of some files; once, because Python then ends the tracing."""
 
-    def __init__(self, files: tuple[str, ...], line: int, then: int | None = None):
-        self.files, self.left, self.then = files, line, then
+    def __init__(self, files: tuple[str, ...], line: int):
+        self.files, self.left = files, line
 
     def __call__(self, frame, event, argument):
         if not frame.f_code.co_filename.startswith(self.files):
@@ -16,9 +17,12 @@ class Interrupt:
         if event == "line":
             self.left -= 1
             if not self.left:
-                self.left, self.then = self.then or 0, None
-                raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGINT)
         return self
+
+    @property
+    def was_sent(self) -> bool:
+        return self.left <= 0
 
     def run(self, step: Callable[[], None]) -> bool:
         """Run `step`; say whether it was interrupted."""

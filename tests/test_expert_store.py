@@ -14,8 +14,9 @@ from mlx_dsv3.checkpoint.format import Quantization, infer_quantization
 from mlx_dsv3.checkpoint.headers import read_header, read_headers
 from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.experts import files as expert_files
-from mlx_dsv3.experts.files import LayerExperts, convert_floats, read_exactly
+from mlx_dsv3.experts import reader
+from mlx_dsv3.experts.files import LayerExperts, convert_floats
+from mlx_dsv3.experts.reader import read_exactly
 from mlx_dsv3.experts.store import ExpertStore
 
 CONFIG = tiny.D | {"num_hidden_layers": 2}  # widths that every packing divides
@@ -113,7 +114,7 @@ def test_banks_are_written_in_place(folder_of, open_store):
     memoryview(array).cast("B")[:] = bytes(array.nbytes)
     assert array.sum().item() == 0
     for request in LayerExperts(1, store.tensors, ARGS).requests(7):
-        store._read(bank, request, 7)
+        store.reader.read(bank.job(request, 7))
     assert bank.down.weight is array
     assert same_bits(array[7], before[7]) and array[6].sum().item() == 0
 
@@ -127,7 +128,7 @@ def test_adjacent_extents_are_one_request(folder_of, open_store, monkeypatch):
         requests.append(sum(len(buffer) for buffer in buffers))
         return preadv(fd, buffers, offset)
 
-    monkeypatch.setattr(expert_files.os, "preadv", counted)
+    monkeypatch.setattr(reader.os, "preadv", counted)
     open_store(headers_of(folder_of("q4"))).open_layer(1)
     assert len(requests) == ARGS.n_routed_experts
     requests.clear()
@@ -146,7 +147,7 @@ def test_short_reads_are_continued(folder_of, open_store, monkeypatch, step):
     folder = folder_of("q4")
     expected = open_store(headers_of(folder)).open_layer(1)
     if step > 1:
-        monkeypatch.setattr(expert_files.os, "preadv", short)
+        monkeypatch.setattr(reader.os, "preadv", short)
         bank = open_store(headers_of(folder)).open_layer(1)
         assert same_bits(bank.gate_up.weight, expected.gate_up.weight)
         assert same_bits(bank.down.scales, expected.down.scales)
@@ -154,7 +155,7 @@ def test_short_reads_are_continued(folder_of, open_store, monkeypatch, step):
         path = folder / "model-experts-00001.safetensors"
         wanted, buffers = path.read_bytes()[100:400], [bytearray(50), bytearray(250)]
         kept = list(buffers)
-        monkeypatch.setattr(expert_files.os, "preadv", short)
+        monkeypatch.setattr(reader.os, "preadv", short)
         with path.open("rb") as file:
             read_exactly(file.fileno(), buffers, 100, path)
         assert b"".join(bytes(buffer) for buffer in kept) == wanted
@@ -344,7 +345,7 @@ def test_bank_outlives_the_store(folder_of):
     store = ExpertStore(headers_of(folder_of("bf16")), ARGS, mx.float32)
     bank = store.open_layer(1)
     before = bank.down.weight.sum().item()
-    files = list(store._files.descriptors.values())
+    files = list(store.reader.files.descriptors.values())
     store.close()
     assert bank.down.weight.sum().item() == before
     for fd in files:

@@ -16,8 +16,8 @@ from mlx_dsv3.checkpoint.format import Quantization
 from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.decoding.draft_control import MAX_DRAFTS
 from mlx_dsv3.experts import products
+from mlx_dsv3.experts.bank import Projection
 from mlx_dsv3.experts.products import RoutedExperts, compute_experts, compute_lazily
-from mlx_dsv3.experts.store import Projection
 from mlx_dsv3.model import cpu
 from mlx_dsv3.model.linear import Joined, Linear
 from mlx_dsv3.model.moe import MLP, Gate, MoE, route

@@ -1,8 +1,6 @@
 """Experts streamed from disk: the same bits at every capacity, the right bytes in every slot."""
 
-import dataclasses
 import os
-import signal
 import sys
 import threading
 from itertools import product
@@ -10,36 +8,23 @@ from itertools import product
 import mlx.core as mx
 import numpy as np
 import pytest
-import tiny
-from interrupt import Interrupt
-from mlx_folder import write_mlx
+from streamed import (
+    PACKINGS,
+    PROMPT,
+    E,
+    K,
+    check_slots,
+    expected_rows,
+    load_with,
+    open_store,
+    write_experts,
+)
 
-from mlx_dsv3.checkpoint.headers import read_headers
-from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.experts import files as expert_files
-from mlx_dsv3.experts import products
+from mlx_dsv3.experts import products, reader
 from mlx_dsv3.experts import store as expert_store
-from mlx_dsv3.experts.store import EMPTY, ExpertStore
-from mlx_dsv3.load import load_model, plan_memory
-
-CONFIG = tiny.D | {
-    "hidden_size": 128,
-    "moe_intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "n_routed_experts": 64,
-    "num_experts_per_tok": 6,
-    "n_group": 8,
-    "topk_group": 4,
-}
-STREAMING = (expert_store.__file__, products.__file__)
-E, K = CONFIG["n_routed_experts"], CONFIG["num_experts_per_tok"]
-PACKINGS = {
-    "q4": {"bits": 4, "group_size": 64, "mode": "affine"},
-    "q8": {"bits": 8, "group_size": 64, "mode": "affine"},
-    "mxfp4": {"bits": 4, "group_size": 32, "mode": "mxfp4"},
-}
-PROMPT = np.random.default_rng(0).integers(0, CONFIG["vocab_size"], 300)
+from mlx_dsv3.experts.bank import EMPTY, Bank
+from mlx_dsv3.experts.store import ExpertStore
 
 
 @pytest.fixture(scope="module")
@@ -48,26 +33,17 @@ def folder_of(tmp_path_factory):
 
     def write(packing: str, arrangement: str = "records"):
         if (packing, arrangement) not in made:
-            folder = made[packing, arrangement] = tmp_path_factory.mktemp("experts")
-            tensors = tiny.random_tensors(CONFIG)
-            for name in tensors:  # an even router, so that a prompt touches every expert
-                if name.endswith("e_score_correction_bias"):
-                    tensors[name][:] = 2.0
-            write_mlx(folder, CONFIG, tensors, arrangement=arrangement, packing=PACKINGS[packing])
+            folder = tmp_path_factory.mktemp("experts")
+            made[packing, arrangement] = write_experts(folder, packing, arrangement)
         return made[packing, arrangement]
 
     return write
 
 
-def load_with(folder, capacity: int):
-    plan = plan_memory(folder, dtype=mx.float32)
-    plan = dataclasses.replace(plan, slots=dict.fromkeys(plan.slots, capacity))
-    return load_model(folder, dtype=mx.float32, plan=plan)
-
-
-def logits_of(folder, capacity: int, decoded: int) -> tuple[np.ndarray, ExpertStore]:
+def logits_of(folder, capacity: int, decoded: int, on_route=None) -> tuple[np.ndarray, ExpertStore]:
     """Return the logits of a prefill, of single tokens, of verifications, and of the MTP module."""
     loaded = load_with(folder, capacity)
+    loaded.store.on_route = on_route
     model, mtp, store = loaded.model, loaded.mtp, loaded.store
     ids, cache = mx.array(PROMPT[None]), model.make_cache()
     g = model.hidden(ids, cache)
@@ -123,11 +99,11 @@ def test_gathered_prefills_are_close_to_dense_ones(folder_of, packing, request):
 
 
 @pytest.mark.usefixtures("both_ways")
-def test_a_full_bank_read_the_streamed_way_gives_the_same_bits(folder_of, monkeypatch):
+def test_a_full_bank_read_the_streamed_way_gives_the_same_bits(folder_of):
+    """As soon as somebody wants to see which experts were chosen."""
     resident, _ = logits_of(folder_of("q4"), E, 20)
-    monkeypatch.setattr(ExpertStore.__init__, "__defaults__", (None, True))
-    forced, store = logits_of(folder_of("q4"), E, 20)
-    assert store.always_read_ids and store.counters.hits > 0
+    forced, store = logits_of(folder_of("q4"), E, 20, on_route=lambda layer, experts: None)
+    assert store.counters.hits > 0
     assert np.array_equal(forced, resident)
 
 
@@ -137,48 +113,16 @@ def test_a_resident_bank_keeps_no_activations(folder_of):
     loaded = load_with(folder_of("q4"), E)
     model, store = loaded.model, loaded.store
     mx.eval(model(mx.array(PROMPT[None]), model.make_cache()))
-    assert not any(bank.readers for bank in store.banks.values())
+    assert not any(bank.pending_uses for bank in store.banks.values())
     store.close()
 
 
 def test_padded_waves_give_the_same_bits(folder_of, monkeypatch, all_in_mlx):
     """On Metal the rows of a wave are padded to keep its kernel; no Linux test reaches that."""
     resident, _ = logits_of(folder_of("q4"), E, 0)
-    from mlx_dsv3.experts.store import Bank
-
     monkeypatch.setattr(Bank, "min_sorted_rows", property(lambda bank: 4 * bank.capacity))
     padded, _ = logits_of(folder_of("q4"), 2 * K, 0)
     assert np.array_equal(padded, resident)
-
-
-def expected_rows(folder) -> dict[str, np.ndarray]:
-    """Return a full bank's bytes of layer 1, the truth for every slot."""
-    store = open_store(folder, E)
-    bank = store.open_layer(1)
-    rows = {
-        target: np.frombuffer(view, np.uint8).reshape(E, -1).copy()
-        for target, (view, _, _) in bank._rows.items()
-    }
-    store.close()
-    return rows
-
-
-def open_store(folder, capacity: int) -> ExpertStore:
-    tensors = read_headers(sorted(folder.glob("*.safetensors")))
-    args = ModelArgs.from_dict(CONFIG)
-    return ExpertStore(tensors, args, mx.float32, {1: capacity})
-
-
-def check_slots(bank, truth: dict[str, np.ndarray]) -> None:
-    for slot, expert in enumerate(bank.expert_in.tolist()):
-        if expert == EMPTY:
-            continue
-        assert bank.slot_of[expert] == slot
-        for target, rows in truth.items():
-            view, _ = bank.row(slot, target)
-            assert np.array_equal(np.frombuffer(view, np.uint8), rows[expert]), (slot, expert)
-    mapped = np.flatnonzero(bank.slot_of != EMPTY)
-    assert sorted(bank.expert_in[bank.expert_in != EMPTY]) == mapped.tolist()
 
 
 @pytest.mark.parametrize("capacity", [K, 16, 41])
@@ -196,7 +140,7 @@ def test_every_slot_holds_the_expert_the_map_says(folder_of, capacity):
             other = bank.begin(second, keep=bank.slot_of[first])
             other.wait()
         if rng.random() < 0.05:
-            fetch.error = UserError("made up")
+            fetch.batch.error = UserError("made up")
             with pytest.raises(UserError, match="made up"):
                 fetch.wait()
         else:
@@ -216,7 +160,7 @@ def test_a_slot_is_not_overwritten_under_a_lazy_graph(folder_of):
     bank.begin(first).wait()
     slots = bank.slot_of[first]
     lazy = products.compute_experts(bank, x, mx.array(slots), False)
-    bank.read_by(slots, lazy)
+    bank.note_use(slots, lazy)
     now = np.array(products.compute_experts(bank, x, mx.array(slots), False))
     bank.begin(second).wait()
     assert np.array_equal(np.array(lazy), now)
@@ -267,11 +211,11 @@ def test_a_failed_read_ends_the_step_and_nothing_else(folder_of, tmp_path, monke
             raise OSError(5, "Input/output error")
         return preadv(fd, buffers, offset)
 
-    monkeypatch.setattr(expert_files.os, "preadv", failing)
+    monkeypatch.setattr(reader.os, "preadv", failing)
     with pytest.raises(UserError, match="byte [0-9]+") as error:
         model(mx.array(PROMPT[None]))
     assert path.name in error.value.message and error.value.hint
-    monkeypatch.setattr(expert_files.os, "preadv", preadv)
+    monkeypatch.setattr(reader.os, "preadv", preadv)
     assert np.array_equal(np.array(model(mx.array(PROMPT[None]))), healthy)
     store.close()
 
@@ -294,92 +238,12 @@ def test_reads_are_joined_before_an_exception_leaves(folder_of, monkeypatch):
     def interrupted(rows, experts):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(expert_files.os, "preadv", counted)
+    monkeypatch.setattr(reader.os, "preadv", counted)
     monkeypatch.setattr(products.Choices, "compute", interrupted)
     with pytest.raises(KeyboardInterrupt):
         model(mx.array(PROMPT[None]))
     assert under_way == [0]
     assert all(not bank.fetches for bank in store.banks.values())
-    store.close()
-
-
-def hung(signum, frame):
-    raise AssertionError("the reads of an interrupted step never ended")
-
-
-def check_interrupts(folder, stride: int, then: int | None) -> int:
-    """Interrupt a prompt and three tokens at every `stride`-th line, with cold banks each time."""
-    expected = np.array(load_with(folder, E).model(mx.array(PROMPT[None, :30])))
-    loaded = load_with(folder, 2 * K)
-    model, store = loaded.model, loaded.store
-    truth, line, count = expected_rows(folder), 1, 0
-
-    def steps() -> None:
-        mx.eval(model(mx.array(PROMPT[None, :30])))
-        for token in PROMPT[30:33].tolist():
-            mx.eval(model(mx.array([[token]])))
-
-    before = signal.signal(signal.SIGALRM, hung)
-    while True:
-        for bank in store.banks.values():
-            bank.forget(np.arange(E))
-        signal.alarm(20)
-        was_interrupted = Interrupt(STREAMING, line, then).run(steps)
-        if then is None:
-            check_slots(store.banks[1], truth)
-        if count % 10 == 0 or then is not None:
-            assert np.array_equal(np.array(model(mx.array(PROMPT[None, :30]))), expected)
-            check_slots(store.banks[1], truth)
-        signal.alarm(0)
-        if not was_interrupted:
-            signal.signal(signal.SIGALRM, before)
-            store.close()
-            return count
-        line, count = line + stride, count + 1
-
-
-@pytest.mark.parametrize("then", [None, 5])
-def test_ctrl_c_while_experts_stream(folder_of, then):
-    """An expert that counts as present and was never read: wrong replies without an error.
-
-    Once, and twice: the second time while what the first one left is put in order.
-    """
-    assert check_interrupts(folder_of("q4"), 97, then) > 10
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("then", [None, 1, 12])
-def test_ctrl_c_at_every_line_while_experts_stream(folder_of, then):
-    assert check_interrupts(folder_of("q4"), 3 if then else 1, then) > 300
-
-
-@pytest.mark.parametrize("rounds", [50, pytest.param(2000, marks=pytest.mark.slow)])
-def test_ctrl_c_at_random_moments(folder_of, rounds):
-    """By a real signal, between any two bytecodes and within waits."""
-    loaded = load_with(folder_of("q4"), K)
-    model, store = loaded.model, loaded.store
-    truth, rng, interrupted = expected_rows(folder_of("q4")), np.random.default_rng(0), 0
-
-    def interrupt(signum, frame):
-        signal.signal(signal.SIGALRM, hung)
-        signal.setitimer(signal.ITIMER_REAL, 20)
-        raise KeyboardInterrupt
-
-    for _ in range(rounds):
-        for bank in store.banks.values():
-            bank.forget(np.arange(E))
-        before = signal.signal(signal.SIGALRM, interrupt)
-        try:
-            signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.001, 0.05))
-            for token in PROMPT.tolist():
-                mx.eval(model(mx.array([[token]])))
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        except KeyboardInterrupt:
-            interrupted += 1
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-        check_slots(store.banks[1], truth)
-    assert interrupted > rounds / 2
     store.close()
 
 
@@ -408,31 +272,17 @@ def test_the_switch_interval_is_short_until_the_last_store_closes(folder_of, mon
     sys.setswitchinterval(shortened)
 
 
-def test_a_trace_that_cannot_be_written_ends_alone(folder_of, capsys):
-    """A full disk: the reply goes on, and one line says what happened."""
-    if not os.path.exists("/dev/full"):
-        pytest.skip("no /dev/full here")
-    from pathlib import Path
-
-    loaded = load_with(folder_of("q4"), K)
-    model, store = loaded.model, loaded.store
-    store.trace_to(Path("/dev/full"))
-    mx.eval(model(mx.array(PROMPT[None, :3])))
-    assert store.trace is None and capsys.readouterr().err.count("warning: the trace") == 1
-    store.close()
-
-
 def test_abandoned_reads_are_skipped_and_their_experts_absent(folder_of, monkeypatch):
     """After Ctrl-C or an error nobody waits for gigabytes that nobody wants any more."""
     folder = folder_of("q4")
     truth, store = expected_rows(folder), open_store(folder, 40)
-    bank, gate, read = store.open_layer(1), threading.Event(), store._read
+    bank, gate, read = store.open_layer(1), threading.Event(), store.reader.read
 
-    def slow(*job):
+    def slow(job):
         gate.wait(10)
-        read(*job)
+        read(job)
 
-    monkeypatch.setattr(store, "_read", slow)
+    monkeypatch.setattr(store.reader, "read", slow)
     bank.begin(np.arange(40, dtype=np.int32))
     threading.Timer(0.2, gate.set).start()
     bank.join()
@@ -444,17 +294,15 @@ def test_abandoned_reads_are_skipped_and_their_experts_absent(folder_of, monkeyp
     store.close()
 
 
-def test_trace_holds_every_choice(folder_of, tmp_path):
-    """The trace is what the simulator of the benchmark replays."""
-    import json
-
-    loaded = load_with(folder_of("q4"), E)
-    model, store = loaded.model, loaded.store
-    store.trace_to(tmp_path / "trace")
-    mx.eval(model(mx.array(PROMPT[None, :7])))
-    store.close()
-    lines = [json.loads(line) for line in (tmp_path / "trace").read_text().splitlines()]
-    assert [layer for layer, _ in lines] == [1, 2]
-    assert all(np.shape(ids) == (7, K) for _, ids in lines)
-    expected = model.layers[1].mlp.gate  # ids are in ascending order, as the router returns them
-    assert expected.args.num_experts_per_tok == K and lines[0][1][0] == sorted(lines[0][1][0])
+def test_on_route_is_told_every_choice(folder_of):
+    """Of resident layers too; and nobody is asked for ids any more when nobody listens."""
+    loaded, told = load_with(folder_of("q4"), E), []
+    loaded.store.on_route = lambda layer, experts: told.append((layer, experts.copy()))
+    mx.eval(loaded.model(mx.array(PROMPT[None, :7])))
+    assert [layer for layer, _ in told] == [1, 2]
+    assert all(experts.shape == (7, K) for _, experts in told)
+    assert all((np.diff(experts) > 0).all() for _, experts in told)  # as the router returns them
+    loaded.store.on_route = None
+    mx.eval(loaded.model(mx.array(PROMPT[None, :7])))
+    assert len(told) == 2 and not any(bank.wants_ids for bank in loaded.store.banks.values())
+    loaded.store.close()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from mlx_dsv3.conversation.messages import Conversation
 from mlx_dsv3.decoding.sampler import Sampler
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.experts.store import Counters
+from mlx_dsv3.experts.bank import Counters
 from mlx_dsv3.generate import Stats, make_control, make_state, stream
 from mlx_dsv3.load import Loaded
 

@@ -2,10 +2,9 @@
 
 A *record* folder has the nine tensors of an expert adjacent in one file, a *stacked* folder
 (mlx-lm's `switch_mlp`) has a share of nine tensors. Both become a list of requests, each one
-`preadv` of adjacent bytes. Knows files, dtypes and layouts; not banks, caches or threads.
+range of adjacent bytes. Knows files, dtypes and layouts; reads nothing, and knows no bank.
 """
 
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -159,27 +158,3 @@ def convert_floats(buffer: bytearray, source: str, target: mx.Dtype) -> bytes:
         return bits.tobytes()
     rounded = bits + 0x7FFF + ((bits >> 16) & 1)  # to nearest, ties to even
     return (rounded >> 16).astype(np.uint16).tobytes()
-
-
-def read_exactly(fd: int, buffers: list, offset: int, path: Path) -> None:
-    """Fill the buffers from `offset` on; raise `UserError` at a short file or a read error."""
-    wanted, done = sum(len(buffer) for buffer in buffers), 0
-    while done < wanted:
-        try:
-            count = os.preadv(fd, buffers, offset + done)
-        except OSError as error:
-            raise UserError(
-                f"reading `{path}` at byte {offset + done} failed: {error.strerror}",
-                "check the disk; the session goes on",
-            ) from None
-        if count == 0:
-            raise UserError(
-                f"`{path}` ends at byte {offset + done}, inside an expert",
-                "the file was cut; convert or download it again",
-            )
-        done += count
-        while buffers and count >= len(buffers[0]):
-            count -= len(buffers[0])
-            buffers = buffers[1:]
-        if buffers and count:
-            buffers = [memoryview(buffers[0])[count:], *buffers[1:]]

@@ -96,8 +96,8 @@ def compute_lazily(bank, x: mx.array, indices: mx.array) -> mx.array:
 
 def compute_by_id(bank, x: mx.array, experts: np.ndarray) -> mx.array:
     """As `compute_lazily`, with experts (T, K) on the host and, where they stream, read there."""
-    if bank.store.trace is not None:
-        bank.store.record(bank.layer, experts)
+    if bank.on_route is not None:
+        bank.on_route(bank.layer, experts)
     choices = Choices(bank, x, experts)
     if bank.wants_ids:
         stream(choices)
@@ -146,7 +146,7 @@ class Choices:
         y = compute_experts(self.bank, x, mx.array(slots), self.is_sorted)[:count]
         mx.async_eval(y)
         if not self.bank.is_resident:  # whose slots never change
-            self.bank.read_by(used, y)
+            self.bank.note_use(used, y)
         self.parts.append(y)
 
     def result(self) -> mx.array:

@@ -6,7 +6,7 @@ Both are of one reply, the experts' counters too.
 from dataclasses import asdict
 
 from mlx_dsv3.conversation.session import End, Session
-from mlx_dsv3.experts.store import Counters
+from mlx_dsv3.experts.bank import Counters
 from mlx_dsv3.generate import Stats
 
 
