@@ -6,6 +6,8 @@ import signal
 import sys
 import threading
 import time
+from functools import cache
+from itertools import product
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,6 +16,7 @@ import pytest
 from interrupt import Interrupt
 from streamed import PROMPT, E, K, check_slots, expected_rows, load_with, open_store, write_experts
 
+from mlx_dsv3.experts import bank as bank_module
 from mlx_dsv3.experts import products
 from mlx_dsv3.experts.bank import EMPTY, Bank
 from mlx_dsv3.experts.interrupts import deferred_interrupts
@@ -143,12 +146,39 @@ def alarm():
     signal.signal(signal.SIGALRM, before)
 
 
+def test_a_fetch_is_settled_whole_or_not_at_all(folder):
+    """Ctrl-C at each line of the wait for a read that failed: half a map, or counted twice."""
+    store, line, kept = open_store(folder, K), 1, set()
+    bank, experts = store.open_layer(1), np.arange(K, dtype=np.int32)
+    while True:
+        fetch = bank.begin(experts)
+        assert fetch.is_done(20)
+        fetch.batch.error, before = OSError("made up"), bank.counters.read_s
+        interrupt = Interrupt((bank_module.__file__,), line)
+        with contextlib.suppress(OSError):
+            interrupt.run(fetch.wait)
+        is_settled = fetch not in bank.fetches
+        assert is_settled == (bank.slot_of == EMPTY).all() == (bank.expert_in == EMPTY).all()
+        assert is_settled == (bank.counters.read_s > before)
+        kept.add(is_settled)
+        bank.join()
+        if not interrupt.was_sent:
+            break
+        line += 1
+    assert kept == {False, True}
+    store.close()
+
+
 def check_interrupts(folder, monkeypatch, stride: int, second: int | None) -> int:
     """Interrupt a prompt and three tokens at every `stride`-th line, with cold banks each time."""
     expected = np.array(load_with(folder, E).model(mx.array(PROMPT[None, :30])))
     loaded = load_with(folder, 2 * K)
     model, store = loaded.model, loaded.store
     truth, line, count, seconds, join = expected_rows(folder), 1, 0, [], Bank.join
+    for bank in store.banks.values():  # built beforehand: most of the lines, all of one kind
+        monkeypatch.setattr(bank, "job", cache(bank.job))
+        for requests, slot in product(bank.requests, range(bank.capacity)):
+            [bank.job(request, slot) for request in requests]
 
     def interrupted_join(bank: Bank) -> None:
         if second and sys.exc_info()[0] is KeyboardInterrupt:  # it serves the first one
@@ -188,13 +218,13 @@ def test_ctrl_c_while_experts_stream(folder, monkeypatch, alarm, second):
 
     Once, and twice: the second time while what the first one left is put in order.
     """
-    assert check_interrupts(folder, monkeypatch, 97, second) > 10
+    assert check_interrupts(folder, monkeypatch, 97, second) > 25
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("second", [None, 1, 4, 7, 12, 20])
+@pytest.mark.parametrize("second", [None, 1, 7, 20])
 def test_ctrl_c_at_every_line_while_experts_stream(folder, monkeypatch, alarm, second):
-    assert check_interrupts(folder, monkeypatch, 3 if second else 1, second) > 300
+    assert check_interrupts(folder, monkeypatch, 5 if second else 1, second) > 300
 
 
 def from_a_timer(seconds: float) -> None:
