@@ -10,7 +10,6 @@ import pytest
 import chat
 from demo_model.test_chat import QUESTION, refused, run
 from mlx_dsv3 import memory
-from mlx_dsv3.experts import files as expert_files
 from mlx_dsv3.terminal.repl import Chat, answer_line
 
 STREAMED = ("--expert-memory", "0.002")
@@ -177,7 +176,7 @@ def test_a_read_error_inside_a_reply(open_chat, capsys, monkeypatch):
         def write(self, text):
             shown.append(text)
             if len(shown) == 3:
-                monkeypatch.setattr(expert_files.os, "preadv", failing)
+                monkeypatch.setattr(os, "preadv", failing)
                 for bank in talk.session.loaded.store.banks.values():
                     bank.forget(bank.expert_in[bank.expert_in >= 0])
 
@@ -187,7 +186,7 @@ def test_a_read_error_inside_a_reply(open_chat, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("sys.stdout", Break())
         answer_line(talk, QUESTION)
-    monkeypatch.setattr(expert_files.os, "preadv", preadv)
+    monkeypatch.setattr(os, "preadv", preadv)
     text = "".join(shown)
     assert text.endswith("\n") and text[:-1] and answer.startswith(text[:-1]) and text != answer
     assert "Input/output error" in capsys.readouterr().err
