@@ -7,6 +7,7 @@ Options and `main` alone: what is typed and shown is in `mlx_dsv3/terminal`, the
 import argparse
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -132,8 +133,6 @@ def open_chat(options: argparse.Namespace):
     loaded = load(folder, trust_remote_code=trust, **memory_options(options))
     if options.stats == "line":
         tell_start(loaded, options.context)
-    if options.trace is not None:
-        Trace(loaded.store, Path(options.trace))
     session = Session(
         loaded,
         system=options.system,
@@ -156,15 +155,17 @@ def main(argv: list[str] | None = None) -> None:
     if not question and not chat_is_open:
         raise UserError("there is no question: stdin is empty", "`-p TEXT` asks one")
     chat = open_chat(options)
-    try:
+    store = chat.session.loaded.store
+    with ExitStack() as leaving:
+        leaving.callback(store.close)
+        if options.trace is not None:
+            leaving.callback(Trace(store, Path(options.trace)).close)
         if chat_is_open:
             from mlx_dsv3.terminal.repl import repl
 
             repl(chat)
         else:
             chat.turn(question)
-    finally:
-        chat.session.loaded.store.close()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
-"""Streamed experts: read bandwidth, overlap, prefill, memory, and replacement policies.
+"""Streamed experts: read bandwidth, overlap, prefill, page cache, memory.
 
     python benchmarks/bench_experts.py [--folder DIR] [reads overlap prefill regime memory]
-    python benchmarks/bench_experts.py --replay TRACE [--slots N ...]
-    python benchmarks/bench_experts.py --predict MODEL --text FILE
 
 reads     one MoE layer at true V3 shapes, 4 bits: GB/s of the store over GB/s of bare parallel
           reads of the same byte ranges, cold cache, alternating; records and stacked
@@ -10,8 +8,6 @@ overlap   reads slowed on purpose: a step should take max(compute, read), not th
 prefill   512 tokens at a quarter of the slots: reads by layer, and time beside one by one
 regime    decoding with slots alone, and with the system's page cache behind them (Linux)
 memory    growth of resident memory beside what the plan promised, for three budgets
---replay  hit rates of policies at several capacities on a trace written by chat.py --trace
---predict how many of a layer's experts its router names when it is asked one layer early
 
 Prints conditions, tables, and one JSON line last. `reads` needs 13 GB of disk.
 """
@@ -32,15 +28,13 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 from conditions import print_conditions
-from policies import replay
 from synthetic import BASE, drop_from_page_cache, write_folder
 
 from mlx_dsv3.checkpoint.folder import open_folder
 from mlx_dsv3.experts.products import HITS_FIRST_AFTER_S, compute_by_id
 from mlx_dsv3.experts.reader import NUM_READERS, Files, Job
 from mlx_dsv3.experts.store import ExpertStore
-from mlx_dsv3.load import load, load_model, plan_memory
-from mlx_dsv3.model.moe import MoE
+from mlx_dsv3.load import load_model, plan_memory
 
 V3_LAYER = BASE | {
     "vocab_size": 1024,
@@ -336,64 +330,15 @@ def bench_memory(root: Path) -> list[dict]:
     return rows
 
 
-def bench_predict(folder: Path, text: str) -> list[dict]:
-    """Apply each MoE layer's router to the state one layer earlier; return its recall.
-
-    A prefetcher would read the experts so named while the layer before still computes. Reads of
-    wrongly named ones are the price: the last column counts them for each useful one.
-    """
-    loaded = load(folder)
-    ids = mx.array([loaded.tokenizer.encode(text, add_special_tokens=False)[:2048]])
-    h, early, rows = loaded.model.model.embed_tokens(ids), {}, []
-    K = loaded.args.num_experts_per_tok
-    layers = loaded.model.layers
-    for i, layer in enumerate(layers):
-        following = layers[i + 1] if i + 1 < len(layers) else None
-        attended = h + layer.self_attn(layer.input_layernorm(h))
-        x = layer.post_attention_layernorm(attended)
-        if i in early:
-            true = np.array(layer.mlp.gate(x)[0]).reshape(-1, K)
-            row = {"layer": i}
-            for count in (K, 2 * K):
-                guess = early[i][:, :count]
-                found = sum(len(np.intersect1d(a, b)) for a, b in zip(true, guess, strict=True))
-                row[f"recall@{count}"] = found / true.size
-                row[f"wasted@{count}"] = (guess.size - found) / max(found, 1)
-            rows.append(row)
-            print("predict  " + ", ".join(f"{k} {v:.2f}" for k, v in row.items()))
-        h = attended + layer.mlp(x)
-        if following is not None and isinstance(following.mlp, MoE):
-            gate = following.mlp.gate
-            ahead = following.post_attention_layernorm(attended)
-            scores = mx.sigmoid(ahead.astype(mx.float32) @ gate.weight.T)
-            scores = scores + gate.e_score_correction_bias
-            early[i + 1] = np.array(mx.argsort(-scores, axis=-1))[0]
-    loaded.store.close()
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parts = ["reads", "overlap", "prefill", "regime", "memory"]
     parser.add_argument("parts", nargs="*", default=parts, metavar="PART")
     parser.add_argument("--folder", type=Path, help="where inputs are made and kept")
-    parser.add_argument("--replay", type=Path, metavar="TRACE")
-    parser.add_argument("--slots", type=int, nargs="+")
-    parser.add_argument("--predict", type=Path, metavar="MODEL")
-    parser.add_argument("--text", type=Path, help="text for --predict")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(parts):
         parser.error(f"`{min(unknown)}` is no part; the parts are {', '.join(parts)}")
     conditions = print_conditions(readers=NUM_READERS, hits_first_after_ms=HITS_FIRST_AFTER_S * 1e3)
-    if options.replay:
-        result = {"replay": replay(options.replay, options.slots)}
-        print(json.dumps({"bench": "experts", **conditions, **result}))
-        return
-    if options.predict:
-        text = options.text.read_text(encoding="utf-8")
-        result = {"predict": bench_predict(options.predict, text)}
-        print(json.dumps({"bench": "experts", **conditions, **result}))
-        return
     with tempfile.TemporaryDirectory() as scratch:
         root = options.folder or Path(scratch)
         root.mkdir(parents=True, exist_ok=True)

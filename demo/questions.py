@@ -41,8 +41,7 @@ def main() -> int:
     parser.add_argument("--trace", type=Path, help="write the experts chosen by each token")
     options = parser.parse_args()
     loaded = load(options.model)
-    if options.trace:
-        Trace(loaded.store, options.trace)
+    trace = Trace(loaded.store, options.trace) if options.trace else None
     right = 0
     questions = json.loads(QUESTIONS.read_text(encoding="utf-8"))
     for entry in questions:
@@ -50,6 +49,8 @@ def main() -> int:
         is_right = holds(text, entry["expect"])
         right += is_right
         print(f"{'ok   ' if is_right else 'WRONG'} {entry['question']}\n      {text}")
+    if trace is not None:
+        trace.close()
     print(f"{right} of {len(questions)} answers hold the expected word (required: {REQUIRED})")
     return 0 if right >= REQUIRED else 1
 

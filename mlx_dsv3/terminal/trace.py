@@ -1,8 +1,8 @@
 """The file of `--trace`: which experts each token chose, one JSON list per MoE layer and call.
 
-Each line is [layer, [[ids of the first token], ...]]; `benchmarks/policies.py` replays it. Layers
-whose experts are all in memory then read their ids back too, which costs the synchronisation that
-they otherwise save.
+Each line is [layer, [[ids of the first token], ...]]; `benchmarks/bench_routing.py` replays it.
+Layers whose experts are all in memory then read their ids back too, which costs the synchronisation
+that they otherwise save.
 """
 
 import os

@@ -1,12 +1,27 @@
-"""Replacement policies simulated on a routing trace: which expert to drop when a slot is needed.
+"""What routing tells: which expert to evict, and whether the next layer's experts can be foreseen.
+
+    python benchmarks/bench_routing.py --replay TRACE [--slots N ...]
+    python benchmarks/bench_routing.py --predict MODEL --text FILE
+
+--replay  hit rates of replacement policies at several capacities, on a trace that `chat.py --trace`
+          wrote; `optimal` (Belady) knows the future and bounds what any policy can reach
+--predict how many of a layer's experts its router names when it is asked one layer early
 
 A trace has one line for each MoE layer and call: [layer, [[expert ids of a token], ...]].
-`optimal` (Belady) knows the future; it bounds what any policy can reach.
+Prints conditions, a table, and one JSON line last.
 """
 
+import argparse
 import json
 from collections import Counter, defaultdict
 from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from conditions import print_conditions
+
+from mlx_dsv3.load import load
+from mlx_dsv3.model.moe import MoE
 
 AGE_EVERY, CAP = 64, 12  # of the frequency policy: counts are halved and capped
 
@@ -98,3 +113,62 @@ def replay(path: Path, capacities: list[int] | None) -> list[dict]:
         rates = ", ".join(f"{name} {row[name]:.1%}" for name in POLICIES)
         print(f"{capacity:4d} slots a layer: {rates}")
     return rows
+
+
+def predict(folder: Path, text: str) -> list[dict]:
+    """Apply each MoE layer's router to the state one layer earlier; return its recall.
+
+    A prefetcher would read the experts so named while the layer before still computes. Reads of
+    wrongly named ones are the price: the last column counts them for each useful one.
+    """
+    loaded = load(folder)
+    ids = mx.array([loaded.tokenizer.encode(text, add_special_tokens=False)[:2048]])
+    h, early, rows = loaded.model.model.embed_tokens(ids), {}, []
+    K = loaded.args.num_experts_per_tok
+    layers = loaded.model.layers
+    for i, layer in enumerate(layers):
+        following = layers[i + 1] if i + 1 < len(layers) else None
+        attended = h + layer.self_attn(layer.input_layernorm(h))
+        x = layer.post_attention_layernorm(attended)
+        if i in early:
+            true = np.array(layer.mlp.gate(x)[0]).reshape(-1, K)
+            row = {"layer": i}
+            for count in (K, 2 * K):
+                guess = early[i][:, :count]
+                found = sum(len(np.intersect1d(a, b)) for a, b in zip(true, guess, strict=True))
+                row[f"recall@{count}"] = found / true.size
+                row[f"wasted@{count}"] = (guess.size - found) / max(found, 1)
+            rows.append(row)
+            print("predict  " + ", ".join(f"{k} {v:.2f}" for k, v in row.items()))
+        h = attended + layer.mlp(x)
+        if following is not None and isinstance(following.mlp, MoE):
+            gate = following.mlp.gate
+            ahead = following.post_attention_layernorm(attended)
+            scores = mx.sigmoid(ahead.astype(mx.float32) @ gate.weight.T)
+            scores = scores + gate.e_score_correction_bias
+            early[i + 1] = np.array(mx.argsort(-scores, axis=-1))[0]
+    loaded.store.close()
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--replay", type=Path, metavar="TRACE")
+    what.add_argument("--predict", type=Path, metavar="MODEL")
+    parser.add_argument("--slots", type=int, nargs="+", help="capacities for --replay")
+    parser.add_argument("--text", type=Path, help="text for --predict")
+    options = parser.parse_args()
+    if options.predict and options.text is None:
+        parser.error("`--predict` wants a `--text`")
+    conditions = print_conditions()
+    if options.replay:
+        result = {"replay": replay(options.replay, options.slots)}
+    else:
+        text = options.text.read_text(encoding="utf-8")
+        result = {"predict": predict(options.predict, text)}
+    print(json.dumps({"bench": "routing", **conditions, **result}))
+
+
+if __name__ == "__main__":
+    main()
