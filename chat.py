@@ -111,7 +111,7 @@ def memory_options(options: argparse.Namespace) -> dict:
     }
 
 
-def plan(options: argparse.Namespace) -> None:
+def show_plan(options: argparse.Namespace) -> None:
     """Print what the model would take in memory, from headers alone."""
     folder = find_model(options)
     from mlx_dsv3.load import plan_memory
@@ -143,26 +143,31 @@ def open_chat(options: argparse.Namespace):
     return Chat(session, options.stats)
 
 
+def read_question(prompt: str | None) -> str | None:
+    """Return what -p and a pipe ask, None where a person sits at the terminal."""
+    is_piped = sys.stdin is not None and not sys.stdin.isatty()
+    piped = sys.stdin.buffer.read().decode("utf-8", "replace").strip() if is_piped else ""
+    question = "\n\n".join(text for text in (prompt, piped) if text)
+    if not question and (is_piped or sys.stdin is None):
+        raise UserError("there is no question: stdin is empty", "`-p TEXT` asks one")
+    return question or None
+
+
 def main(argv: list[str] | None = None) -> None:
     options = make_parser().parse_args(argv)
     if options.plan:
-        plan(options)
+        show_plan(options)
         return
-    is_piped = sys.stdin is not None and not sys.stdin.isatty()
-    piped = sys.stdin.buffer.read().decode("utf-8", "replace").strip() if is_piped else ""
-    question = "\n\n".join(text for text in (options.prompt, piped) if text)
-    chat_is_open = not question and sys.stdin is not None and sys.stdin.isatty()
-    if not question and not chat_is_open:
-        raise UserError("there is no question: stdin is empty", "`-p TEXT` asks one")
+    question = read_question(options.prompt)
     chat = open_chat(options)
+    from mlx_dsv3.terminal.repl import repl
+
     store = chat.session.loaded.store
     with ExitStack() as leaving:
         leaving.callback(store.close)
         if options.trace is not None:
             leaving.callback(Trace(store, Path(options.trace)).close)
-        if chat_is_open:
-            from mlx_dsv3.terminal.repl import repl
-
+        if question is None:
             repl(chat)
         else:
             chat.turn(question)
