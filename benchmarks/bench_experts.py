@@ -242,7 +242,7 @@ def prefill_row(root: Path, config: dict, recipe: str, is_slow: bool) -> dict:
     disk = "this disk" if speed is None else f"a disk of {speed / 1e6:.0f} MB/s"
     print(
         f"prefill  512 tokens, {recipe}, {disk}: {chunk_s:.1f} s in one chunk, {single_s:.1f} s "
-        f"one by one ({row['ratio']:.1f} x); reads a layer: {most} of {args.n_routed_experts}"
+        f"one by one ({row['ratio']:.1f} x); reads per layer: {most} of {args.n_routed_experts}"
     )
     return row
 
@@ -276,7 +276,7 @@ def bench_regime(root: Path, tokens: int = 40) -> list[dict]:
         rows.append(row | {"memory_gb": memory / 1e9})
         print(
             f"regime  {share:.0%} of the slots, page cache {'kept' if keeps else 'dropped'}: "
-            f"{row['ms']:.0f} ms a token, at most {memory / 1e9:.2f} GB"
+            f"{row['ms']:.0f} ms per token, at most {memory / 1e9:.2f} GB"
         )
     return rows
 
@@ -337,7 +337,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where inputs are made and kept")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(parts):
-        parser.error(f"`{min(unknown)}` is no part; the parts are {', '.join(parts)}")
+        parser.error(f"`{min(unknown)}` is not a part; the parts are {', '.join(parts)}")
     conditions = print_conditions(readers=NUM_READERS, hits_first_after_ms=HITS_FIRST_AFTER_S * 1e3)
     with tempfile.TemporaryDirectory() as scratch:
         root = options.folder or Path(scratch)

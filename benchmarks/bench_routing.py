@@ -111,7 +111,7 @@ def replay(path: Path, capacities: list[int] | None) -> list[dict]:
             row[name] = sum(policy(steps, capacity) for steps in layers.values()) / lookups
         rows.append(row)
         rates = ", ".join(f"{name} {row[name]:.1%}" for name in POLICIES)
-        print(f"{capacity:4d} slots a layer: {rates}")
+        print(f"{capacity:4d} slots per layer: {rates}")
     return rows
 
 

@@ -25,7 +25,7 @@ from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.errors import UserError
 
 # Adjacent spans join up to this size: V3's record (24.8 MB at 4 bits) becomes its three
-# projections, a small model's record one request. Disks want 12-16 requests of 4-8 MB in flight.
+# projections, a small model's record one request. Disks need 12-16 requests of 4-8 MB in flight.
 REQUEST_BYTES = 9 << 20
 FLOAT_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 AGAIN = "the folder is incomplete; convert or download it again"

@@ -27,7 +27,7 @@ HITS_FIRST_AFTER_S = 0.0005
 
 
 class RoutedExperts:
-    """The routed experts of one layer; no module, so they are no parameters of the model."""
+    """The routed experts of one layer; not a module, so they are not parameters of the model."""
 
     def __init__(self, bank):
         self.bank = bank
@@ -35,7 +35,7 @@ class RoutedExperts:
     def __call__(self, x: mx.array, indices: mx.array, meanwhile: mx.array | None) -> mx.array:
         """Return each chosen expert's output, (..., K, D), for x (..., D) and indices (..., K).
 
-        `meanwhile` is computed while the host waits for the indices, where it wants them.
+        `meanwhile` is computed while the host waits for the indices, where it needs them.
         """
         tokens, chosen = x.flatten(0, -2), indices.flatten(0, -2)  # (T, D), (T, K)
         if self.bank.wants_ids or goes_to_numpy(self.bank, tokens):

@@ -139,7 +139,7 @@ def read_exactly(fd: int, buffers: list, offset: int, path: Path) -> None:
         except OSError as error:
             raise UserError(
                 f"reading `{path}` at byte {offset + done} failed: {error.strerror}",
-                "check the disk; the session goes on",
+                "check the disk; the session continues",
             ) from None
         if count == 0:
             raise UserError(

@@ -16,7 +16,7 @@ from mlx_dsv3.experts.bank import Bank, Counters
 from mlx_dsv3.experts.files import LayerExperts
 from mlx_dsv3.experts.reader import Reader
 
-# A reader that wants the GIL waits up to this long for the main thread (Python's default is 5 ms).
+# A reader that needs the GIL waits up to this long for the main thread (Python's default is 5 ms).
 SWITCH_INTERVAL_S = 0.0005
 PROBE_BYTES = 400 << 20
 
