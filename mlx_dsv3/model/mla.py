@@ -1,4 +1,4 @@
-"""Multi-head latent attention over a latent cache.
+"""Multi-head latent attention over a latent cache (DeepSeek-V3 report 2.1.1, spec 3.4).
 
 The cache holds one row `[latent | rope key]` of width C + R for each position, shared by all
 heads; nothing is ever kept per head. Two forms compute the same: *absorbed* carries the few
@@ -26,7 +26,7 @@ from mlx_dsv3.model.rope import Rope, softmax_scale
 ABSORBED_MAX_QUERIES = 170  # V3's break-even by arithmetic; 200-400 expected on a GPU
 SCORE_BYTES = 256 << 20  # scores alive in one block, its three copies together
 EXPANDED_BYTES = 128 << 20  # keys and values of one group of heads
-LORA_NORM_EPS = 1e-6  # the checkpoint's code never passes `rms_norm_eps` to these two norms
+LORA_NORM_EPS = 1e-6  # the original never passes `rms_norm_eps` to these two norms (spec 3.1)
 
 
 def causal_mask(L: int, S: int) -> mx.array:
@@ -42,7 +42,7 @@ def blocks(L: int, S: int, size: int) -> Iterator[tuple[slice, int]]:
 
 
 def attend_absorbed(q_nope, q_pe, latents, embed_q, unembed_out, scale):
-    """Attend over the latent cache without expanding keys or values (spec 3.4).
+    """Attend over the latent cache without expanding keys or values.
 
     q_nope (B, H, L, N), q_pe (B, H, L, R), latents (B, S, C + R) -> (B, H, L, V). Queries are taken
     in blocks whose scores fit SCORE_BYTES.

@@ -1,4 +1,4 @@
-"""Mixture of experts: the router, and the sum of what the chosen experts return.
+"""Mixture of experts: router and weighted sum (DeepSeek-V3 report 2.1.2, spec 3.5).
 
 `route` is the whole selection rule as one function. The routed experts are not parameters of the
 module: the loader sets `experts`, which alone knows where their weights lie and in which order
@@ -27,7 +27,7 @@ def route(logits: mx.array, bias: mx.array, args: ModelArgs) -> tuple[mx.array, 
         groups = mx.unflatten(biased, -1, (args.n_group, -1))  # (T, G, E / G)
         group_scores = mx.sort(groups, axis=-1)[..., -2:].sum(-1)  # (T, G): the best two
         rank = mx.argsort(mx.argsort(-group_scores, axis=-1), axis=-1)
-        # Not 0, as in older code, which wins over every negative score of the groups kept.
+        # Not 0, as in older code: it would win over every negative score of the kept groups.
         groups = mx.where((rank < args.topk_group)[..., None], groups, -mx.inf)
         biased = groups.flatten(-2)
     indices = mx.argsort(-biased, axis=-1)[..., : args.num_experts_per_tok]

@@ -1,8 +1,8 @@
 """The multi-token-prediction module: one more decoder layer that predicts the token after next.
 
 It reads pairs (state g_j after the main model's final norm, token t_{j+1}) and has its own
-latent cache over pairs. Embedding and head are the main model's. It only computes; drafting,
-acceptance and rollback are elsewhere.
+latent cache over pairs. Embedding and head are the main model's (DeepSeek-V3 report 2.2, spec 4).
+It only computes; drafting, acceptance and rollback are elsewhere.
 """
 
 from types import SimpleNamespace
