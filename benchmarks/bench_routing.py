@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="text for --predict")
     options = parser.parse_args()
     if options.predict and options.text is None:
-        parser.error("`--predict` wants a `--text`")
+        parser.error("`--predict` needs a `--text`")
     conditions = print_conditions()
     if options.replay:
         result = {"replay": replay(options.replay, options.slots)}

@@ -15,7 +15,7 @@ from mlx_dsv3.parity.bounds import Verdict
 from mlx_dsv3.parity.differences import TokenDifferences
 from mlx_dsv3.parity.golden import Golden
 
-TOP1_GAP = 0.5  # nats by which golden's best token is ahead where the second is no tie
+TOP1_GAP = 0.5  # nats by which golden's best token is ahead where the second is not a tie
 
 
 # --- JSON -------------------------------------------------------------------------------------
