@@ -32,7 +32,7 @@ SAME_MODEL = (
 def plan_sidecar(source: Source, folder: Path) -> Plan:
     """Plan the sidecar for `folder`: 8 bits, or BF16 where the folder is not quantised.
 
-    Raises `UserError` for a folder that is not an MLX folder of this model, or has the layer already.
+    Raises `UserError` for a folder that is not one of this model in MLX, or has the layer already.
     """
     if not holds_mtp(source):
         raise UserError("the source holds no MTP layer", "take the original checkpoint")
