@@ -34,9 +34,10 @@ from rich.table import Table
 from subjects import Subject
 
 from mlx_dsv3.decoding.draft_control import MAX_DRAFTS, DraftControl
+from mlx_dsv3.decoding.draft_stats import DraftStats
 from mlx_dsv3.decoding.sampler import Sampler
 from mlx_dsv3.decoding.state import State
-from mlx_dsv3.decoding.steps import DraftStats, Stepper, decode
+from mlx_dsv3.decoding.steps import Stepper, decode
 from mlx_dsv3.generate import prefill
 
 MODES = (0, 1, 2, 3, 4, "auto")

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_dsv3.decoding.draft_control import DraftControl, fixed_drafts
+from mlx_dsv3.decoding.draft_stats import DraftStats
 from mlx_dsv3.decoding.sampler import Sampler
 from mlx_dsv3.decoding.state import State, common_prefix_length
-from mlx_dsv3.decoding.steps import DraftStats, Stepper, catch_up, decode
+from mlx_dsv3.decoding.steps import Stepper, catch_up, decode
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.experts.bank import Counters
 from mlx_dsv3.load import Loaded

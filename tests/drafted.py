@@ -17,9 +17,10 @@ import torch
 from mlx_folder import write_mlx
 
 from mlx_dsv3.decoding.draft_control import DraftControl
+from mlx_dsv3.decoding.draft_stats import DraftStats
 from mlx_dsv3.decoding.sampler import Sampler
 from mlx_dsv3.decoding.state import State
-from mlx_dsv3.decoding.steps import DraftStats, Stepper, catch_up, decode
+from mlx_dsv3.decoding.steps import Stepper, catch_up, decode
 from mlx_dsv3.load import load_model
 from mlx_dsv3.model.decoder import Model
 from mlx_dsv3.model.mtp import MTP

@@ -15,9 +15,10 @@ from test_sampler import SETTINGS
 
 from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.decoding.draft_control import DraftControl
+from mlx_dsv3.decoding.draft_stats import DraftStats
 from mlx_dsv3.decoding.sampler import Sampler, repetition_penalties
 from mlx_dsv3.decoding.state import State
-from mlx_dsv3.decoding.steps import DraftStats, Stepper, decode
+from mlx_dsv3.decoding.steps import Stepper, decode
 from mlx_dsv3.model.cache import LatentCache
 from mlx_dsv3.model.decoder import Model
 

@@ -1,8 +1,12 @@
-"""Speculative decoding with the model's own MTP module: draft, verify, accept, rewind.
+"""Decoding, plain and with drafts of the model's own MTP module.
 
-A step drafts k tokens with the MTP module, feeds them with the last chosen token to the main model
-in one pass, and keeps the drafts that equal what the main model chooses itself. Choice is greedy
-or by noise that depends on (seed, position) alone, and the draft uses the same noise, so the
+`decode`, the last function here, is the loop. Its plain steps are `Stepper.plain`: feed a token,
+choose the next one, one after the other. Its drafted steps are `Stepper.speculate`: draft, verify,
+accept, rewind. How many drafts a step makes is decided in `draft_control.py`.
+
+A drafted step makes k drafts with the MTP module, feeds them with the last chosen token to the
+main model in one pass, and keeps those that equal what the main model chooses itself. Choice is
+greedy or by noise that depends on (seed, position) alone, and the draft uses the same noise, so the
 tokens are those of plain decoding whatever k is (spec 4.3; the acceptance rule "equal to the
 target's own sample" of 4.5).
 
@@ -21,88 +25,17 @@ most, and leaves where it has enough.
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 
-from mlx_dsv3.decoding.draft_control import MAX_DRAFTS, DraftControl
+from mlx_dsv3.decoding.draft_control import DraftControl
+from mlx_dsv3.decoding.draft_stats import DraftStats
 from mlx_dsv3.decoding.sampler import Sampler
 from mlx_dsv3.decoding.state import State
 from mlx_dsv3.model.decoder import Model
 from mlx_dsv3.model.mtp import MTP
 
-LEAST_TOKENS = 64  # of a reply that say how fast drafting was
 MAX_WAITING = 256  # states that wait for the MTP cache through plain steps: 7 MB of V3's
-
-
-@dataclass
-class DraftStats:
-    """What the control chose and what came of it, in one reply.
-
-    `steps` counts main forwards by the number of drafts made; `lengths` those with drafts by the
-    number accepted; `unseen` counts the tokens that were chosen and not yielded, yet or ever. The
-    `warm` ones leave out the first step of each kind, which compiles kernels. `plain_step_s` is the
-    control's own measurement, None until it has one.
-    """
-
-    steps: list[int] = field(default_factory=lambda: [0] * (MAX_DRAFTS + 1))
-    drafted: list[int] = field(default_factory=lambda: [0] * MAX_DRAFTS)
-    accepted: list[int] = field(default_factory=lambda: [0] * MAX_DRAFTS)
-    lengths: list[int] = field(default_factory=lambda: [0] * (MAX_DRAFTS + 1))
-    unseen: int = 0
-    seconds: float = 0.0
-    warm_tokens: int = 0
-    warm_s: float = 0.0
-    plain_step_s: float | None = None
-
-    def copy(self) -> "DraftStats":
-        lists = ("steps", "drafted", "accepted", "lengths")
-        return replace(self, **{name: list(getattr(self, name)) for name in lists})
-
-    def observe(self, drafts: int, accepted: int, seconds: float, is_warm: bool) -> None:
-        self.steps[drafts] += 1
-        self.lengths[accepted] += drafts > 0
-        self.seconds += seconds
-        if is_warm:
-            self.warm_tokens += accepted + 1
-            self.warm_s += seconds
-        for i in range(drafts):
-            self.drafted[i] += 1
-            self.accepted[i] += i < accepted
-
-    @property
-    def draft_steps(self) -> int:
-        return sum(self.steps[1:])
-
-    @property
-    def tokens(self) -> int:
-        """Return the tokens that the reply got from these steps."""
-        return sum(self.steps) + sum(self.accepted) - self.unseen
-
-    @property
-    def acceptance(self) -> list[float]:
-        """Return the share accepted of the drafts made, by position."""
-        return [a / d for a, d in zip(self.accepted, self.drafted, strict=True) if d]
-
-    @property
-    def mean_accepted(self) -> float:
-        """Return the mean number of drafts accepted in a step that made some."""
-        return sum(self.accepted) / max(self.draft_steps, 1)
-
-    @property
-    def tokens_per_forward(self) -> float:
-        return self.tokens / max(sum(self.steps), 1)
-
-    @property
-    def speed_up(self) -> float | None:
-        """Return what plain steps would have taken over what the warm steps took.
-
-        None where that is not known, or from fewer tokens than say anything about it.
-        """
-        tokens = self.warm_tokens - self.unseen
-        if self.plain_step_s is None or not self.draft_steps or tokens < LEAST_TOKENS:
-            return None
-        return self.plain_step_s * tokens / max(self.warm_s, 1e-9)
 
 
 def catch_up(mtp: MTP, state: State) -> None:
@@ -213,11 +146,7 @@ class Stepper:
 
 
 def decode(
-    stepper: Stepper,
-    last: int,
-    limit: int,
-    control: DraftControl,
-    stats: DraftStats,
+    stepper: Stepper, last: int, limit: int, control: DraftControl, stats: DraftStats
 ) -> Iterator[int]:
     """Yield up to `limit` tokens after `last`, with as many drafts a step as the control says.
 
@@ -226,27 +155,26 @@ def decode(
     state = stepper.state
 
     def wanted() -> int:
-        return control.choose(len(state.ids)) if stepper.can_draft else 0
+        """Return the drafts that the next step should make; none before anything was fed."""
+        can_draft = stepper.can_draft and state.pending
+        return control.choose(len(state.ids)) if can_draft else 0
 
-    def record(drafts: int, accepted: int) -> None:
-        seconds = time.perf_counter() - start
+    def observe(drafts: int, accepted: int, seconds: float) -> None:
         stats.observe(drafts, accepted, seconds, control.is_warm(drafts))
         control.observe(len(state.ids), drafts, seconds, accepted)
         stats.plain_step_s = control.step_s(len(state.ids), 0)
 
     while limit > 0:
         drafts = min(wanted(), limit - 1)
-        start = time.perf_counter()
-        if not (drafts and state.pending):  # nothing waits only where nothing was fed yet
-            for token in stepper.plain(last, limit, lambda: not wanted()):
-                record(0, 0)
+        if not drafts:
+            for token, seconds in timed(stepper.plain(last, limit, lambda: not wanted())):
+                observe(0, 0, seconds)
                 limit, last = limit - 1, token
                 yield token
-                start = time.perf_counter()
             continue
-        fed = len(state.ids) + 1
+        fed, start = len(state.ids) + 1, time.perf_counter()
         tokens, accepted = stepper.speculate(last, drafts)
-        record(drafts, accepted)
+        observe(drafts, accepted, time.perf_counter() - start)
         shown, stats.unseen = 0, stats.unseen + len(tokens)
         try:
             for token in tokens:
@@ -255,3 +183,11 @@ def decode(
         finally:
             if shown < accepted:
                 state.rewind(fed + shown)
+
+
+def timed(tokens: Iterator[int]) -> Iterator[tuple[int, float]]:
+    """Yield each token with the seconds that it took, without those of whoever reads them."""
+    start = time.perf_counter()
+    for token in tokens:
+        yield token, time.perf_counter() - start
+        start = time.perf_counter()

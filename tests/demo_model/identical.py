@@ -17,8 +17,9 @@ import mlx.core as mx
 
 from mlx_dsv3.conversation.messages import Conversation
 from mlx_dsv3.decoding.draft_control import MAX_DRAFTS, DraftControl
+from mlx_dsv3.decoding.draft_stats import DraftStats
 from mlx_dsv3.decoding.sampler import Sampler
-from mlx_dsv3.decoding.steps import DraftStats, Stepper, decode
+from mlx_dsv3.decoding.steps import Stepper, decode
 from mlx_dsv3.generate import make_state, prefill
 from mlx_dsv3.load import Loaded, load, plan_memory
 

@@ -11,9 +11,9 @@ import pytest
 from drafted import Drafted
 
 from mlx_dsv3.decoding.draft_control import MAX_DRAFTS, DraftControl
+from mlx_dsv3.decoding.draft_stats import LEAST_TOKENS, DraftStats
 from mlx_dsv3.decoding.sampler import Sampler
 from mlx_dsv3.decoding.state import fingerprint, load_state
-from mlx_dsv3.decoding.steps import LEAST_TOKENS, DraftStats
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.generate import make_control, make_state, stream
 from mlx_dsv3.load import Loaded
