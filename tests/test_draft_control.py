@@ -3,6 +3,7 @@
 Times have noise and spikes; what is compared are the true times of the steps that were chosen.
 """
 
+import copy
 import math
 import random
 from collections.abc import Callable
@@ -13,10 +14,11 @@ import pytest
 
 from mlx_dsv3.decoding.draft_control import (
     FIRST_STEPS,
-    LOSS_SHARE,
-    MAX_CREDIT,
+    HOPELESS,
     MAX_DRAFTS,
-    START_CREDIT,
+    RAREST,
+    TRIAL_EVERY,
+    TRIAL_STEPS,
     DraftControl,
 )
 
@@ -54,6 +56,7 @@ class World:
             if draw.random() < self.spikes:
                 disturbance *= draw.choice([3, 10])
             run.steps[drafts] += 1
+            run.chosen.append(drafts)
             if self.pause_every and not drafts and run.steps[0] % self.pause_every == 0:
                 disturbance = 0.1
             control.observe(n, drafts, seconds * disturbance, accepted)
@@ -79,6 +82,12 @@ class Run:
         self.seconds = self.plain_s = 0.0
         self.tokens = 0
         self.steps = [0] * (MAX_DRAFTS + 1)
+        self.chosen: list[int] = []
+
+    @property
+    def lost(self) -> float:
+        """Return what the run took beyond plain decoding, in plain steps of a constant world."""
+        return (self.seconds - self.plain_s) / PLAIN_S
 
     @property
     def speed_up(self) -> float:
@@ -110,11 +119,8 @@ def test_a_reader_that_pauses_earns_nothing(ratio, pause_every):
     """Steps that ran while nobody waited for them saved no time that drafts could lose."""
     world = constant(ratio, 0.0, noise=0, spikes=0, pause_every=pause_every)
     for seed in range(3):
-        control = DraftControl()
-        run = world.run(control, 2000, seed)
-        lost = (run.seconds - run.plain_s) / PLAIN_S
-        assert lost <= FIRST_STEPS * (ratio - 1) + START_CREDIT + LOSS_SHARE * 2000
-        assert not control.has_paid
+        run = world.run(DraftControl(), 2000, seed)
+        assert run.lost <= FIRST_STEPS * (ratio - 1) + 0.005 * 2000
 
 
 @pytest.mark.parametrize("ratio, rate", [(1.3, 0.85), (1.5, 0.85), (1.65, 0.9)])
@@ -124,28 +130,78 @@ def test_drafts_that_pay_only_once_warm_are_found(ratio, rate):
     assert median(world.speed_ups(1000)) >= 1 + 0.3 * (world.best() - 1)
 
 
+def starts(run: Run, drafts: int) -> list[int]:
+    """Return the steps at which a run of so many drafts began."""
+    before = [None, *run.chosen]
+    return [i for i, k in enumerate(run.chosen) if k == drafts != before[i]]
+
+
+@pytest.mark.parametrize("ratio", [1.3, 1.5, 1.9])
+def test_the_stated_bound_holds(ratio):
+    """Where no draft is accepted, a trial is one step, and comes half as often after each."""
+    run = constant(ratio, 0.0, noise=0, spikes=0).run(DraftControl(), 2000)
+    at = starts(run, 1)[1:]  # after the two first steps, which are apart
+    waits = [b - a - 1 for a, b in zip(at, at[1:], strict=False)]
+    assert waits[0] in (TRIAL_EVERY, 2 * TRIAL_EVERY) and waits[-1] == RAREST
+    assert all(b == min(2 * a, RAREST) for a, b in zip(waits, waits[1:], strict=False))
+    assert run.steps[1] == len(waits) + 2 and not any(run.steps[2:])
+    assert run.lost == pytest.approx(run.steps[1] * (ratio - 1))
+
+
+@pytest.mark.parametrize("ratio", [2.1, 4.0, 9.0])
+def test_what_cannot_win_is_hardly_tried(ratio):
+    """Even if the draft were accepted, such a step would take longer than two plain ones."""
+    for rate in 0.0, 0.9:
+        run = constant(ratio, rate, noise=0, spikes=0).run(DraftControl(), 2000)
+        first, *later = starts(run, 1)
+        assert first == 0 and later[-1] >= HOPELESS  # its time may have been that of a slower hour
+        assert run.steps[1] == 3
+
+
 @pytest.mark.parametrize("ratio", [1.05, 1.3, 2.0, 4.0])
 @pytest.mark.parametrize("rate", [0.0, 0.3, 0.6])
-def test_the_stated_bound_holds(ratio, rate):
-    """Without noise it is exact; `MAX_CREDIT` counts only where something had been saved."""
+def test_little_is_lost_where_little_is_accepted(ratio, rate):
     for tokens in (60, 200, 1000):
         for seed in range(10):
             run = constant(ratio, rate, noise=0, spikes=0).run(DraftControl(), tokens, seed)
-            lost = (run.seconds - run.plain_s) / PLAIN_S
-            first = FIRST_STEPS * (ratio - 1)
-            assert lost <= first + START_CREDIT + LOSS_SHARE * run.seconds / PLAIN_S
+            assert run.lost <= FIRST_STEPS * (ratio - 1) + 1 + 0.005 * tokens
 
 
-def test_what_was_saved_before_is_lost_again_at_most_once():
-    """Acceptance ends for good: the loss from there on is bounded by MAX_CREDIT."""
-    for seed in range(20):
-        world = World(lambda n, k: PLAIN_S * (1 + 0.3 * k), lambda n: 0.9, noise=0, spikes=0)
+def test_a_trial_ends_with_the_first_rejected_draft():
+    for outcomes in ([0], [1, 0], [1, 1, 0], [1] * TRIAL_STEPS):
         control = DraftControl()
-        world.run(control, 400, seed)
+        for k in 1, *[0] * TRIAL_STEPS, 1:
+            control.observe(100, k, PLAIN_S * (1 + 0.9 * k))
+        while control.choose(100) == 0:
+            control.observe(100, 0, PLAIN_S)
+        for accepted in outcomes:
+            assert control.choose(100) == 1 and control.current == 0
+            control.observe(100, 1, PLAIN_S * 1.9, accepted)
+        assert not control.trial_left and control.choose(100) == 0
+
+
+def test_choose_changes_nothing():
+    """With several machines one asks and tells the others; the step is asked for twice."""
+    world, control = constant(1.3, 0.8), DraftControl()
+    for seed in range(40):
+        world.run(control, 7, seed)
+        before = copy.deepcopy(vars(control))
+        assert len({control.choose(context) for _ in range(3) for context in (90, 90)}) == 1
+        control.choose(50_000)
+        assert vars(control) == before
+
+
+def test_what_is_lost_after_acceptance_ends_for_good():
+    """Text that was guessed at 90 %, then none of it: the last 50 outcomes have to be outlived."""
+    losses = []
+    for seed in range(20):
+        world = constant(1.3, 0.9, noise=0, spikes=0)
+        control = DraftControl()
+        before = world.run(control, 400, seed)
         world.rate = lambda n: 0.0
-        run = world.run(control, 400, seed, context=500)
-        lost = (run.seconds - run.plain_s) / PLAIN_S
-        assert lost <= MAX_CREDIT + LOSS_SHARE * run.seconds / PLAIN_S
+        losses.append(world.run(control, 400, seed, context=500).lost)
+        assert losses[-1] < -before.lost
+    assert max(losses) <= 60
 
 
 @pytest.mark.parametrize("ratio", [1.1, 1.2, 1.3, 1.5])
@@ -156,7 +212,7 @@ def test_drafts_that_pay_are_used(ratio, rate):
     assert median(world.speed_ups(600)) >= 0.88 * world.best()
 
 
-def test_a_gate_that_lives_on_has_no_search_to_pay():
+def test_a_control_that_lives_on_has_no_search_to_pay():
     world, control = constant(1.3, 0.0), DraftControl()
     world.run(control, 300)
     speed_ups = [world.run(control, 60, seed).speed_up for seed in range(20)]
@@ -206,9 +262,10 @@ def test_a_longer_context_is_compared_with_itself():
 def test_acceptance_that_comes_and_goes():
     """Text that cannot be guessed, then text that can: the control finds back to drafts."""
     rise = World(lambda n, k: PLAIN_S * (1 + 0.3 * k), lambda n: 0.9 if n > 400 else 0.0)
-    assert rise.speed_ups(1500, seeds=15)[0] >= 1.4
+    speed_ups = rise.speed_ups(1500)
+    assert speed_ups[0] >= 1.0 and median(speed_ups) >= 1.35
     fall = World(lambda n, k: PLAIN_S * (1 + 0.3 * k), lambda n: 0.9 if n < 400 else 0.0)
-    assert fall.speed_ups(1000)[0] >= 1.05
+    assert fall.speed_ups(1000)[0] >= 1.03
 
 
 def test_a_machine_that_slows_down_for_a_while():
@@ -228,11 +285,10 @@ def test_extra_reads_count():
     assert median(run.steps[0] for run in runs) > 500
 
 
-def test_first_step_drafts_one_and_limits_are_respected():
+def test_the_first_step_drafts_one_and_none_more_than_the_most():
     assert DraftControl().choose(100) == 1
-    control = DraftControl(max_drafts=2)
-    run = constant(1.01, 0.98).run(control, 400)
-    assert run.steps[3] == run.steps[4] == 0 and run.steps[2] > 80
+    run = constant(1.01, 0.98).run(DraftControl(), 400)
+    assert run.steps[MAX_DRAFTS] > 60 and len(run.steps) == MAX_DRAFTS + 1
 
 
 @pytest.mark.parametrize("drafts", [0, 2])
@@ -250,16 +306,12 @@ def test_replies_of_one_token_teach_nothing_and_break_nothing():
 
 
 def test_compile_time_is_no_evidence():
-    """The first step of each kind compiles its kernels: it must neither charge nor set the time."""
+    """The first step of each kind compiles its kernels: it must not set the time."""
     control = DraftControl()
     for k, accepted in (1, 0), (0, 0), (1, 0), (0, 0), (0, 0):
         control.observe(100, k, PLAIN_S * 1.2 if control.is_warm(k) else 100 * PLAIN_S, accepted)
     assert control.step_s(100, 0) == control.step_s(100, 1) == PLAIN_S * 1.2
-    before = control.credit
-    control.observe(100, 2, 100 * PLAIN_S, 0)
-    assert control.credit == before and control.is_warm(2) and not control.is_warm(3)
-    control.observe(100, 2, 3 * PLAIN_S, 0)
-    assert control.credit < before
+    assert control.is_warm(1) and not control.is_warm(2)
 
 
 def test_plain_time_is_known_for_the_statistics():

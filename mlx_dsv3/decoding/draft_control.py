@@ -4,16 +4,16 @@ Verifying drafts costs reads and arithmetic, more so at long contexts and with e
 the seconds of steps with 0, 1, 2, ... drafts are measured, by context length, and how often the
 draft at each position is accepted. The number is used whose seconds per token are least.
 
-Other numbers are measured in *trials*: of plain steps and of one draft more and one fewer. A trial
-ends with its first rejected draft. A number that loses by more than `CLOSE` waits twice as long for
-its next trial, up to `RAREST` steps; one that was in use waits `TRIAL_EVERY`. One that could not
-win if all its drafts were accepted waits `HOPELESS` steps.
+Other numbers are measured in *trials*: of plain steps, of one draft more, and of one fewer. A trial
+ends with its first rejected draft. A number is tried again `TRIAL_EVERY` steps after its last step.
+Each trial that loses by more than `CLOSE` doubles that wait, up to `RAREST`. A number that could
+not win if all its drafts were accepted waits `HOPELESS` steps.
 
-What that guarantees: where no draft is ever accepted, each trial is one step, and comes at steps
-32, 64, 128 and 256 after the last one, then every 256. So beyond the first steps, which learn what
-a draft costs, drafting loses to plain decoding the extra time of about one step in 256. Nothing
-bounds what is lost where acceptance or the machine changes; about `1 / (1 - FORGET)` outcomes or
-half of `WINDOW` times tell.
+What that guarantees: where no draft is ever accepted, each trial is one step, and soon there is one
+in `RAREST` steps. So drafting loses the extra time of two first steps, of about three trials, and
+then of one step in 256. It does not bound what a change costs. A text that becomes easy is noticed
+after up to `RAREST` steps; one that becomes hard after up to about 50 outcomes (`FORGET`), which
+loses up to 60 plain steps that were saved before (`tests/test_draft_control.py`).
 
 It reads no clock: the caller says what a step took. With several machines one of them can decide.
 """
