@@ -180,6 +180,19 @@ def test_a_trial_ends_with_the_first_rejected_draft():
         assert not control.trial_left and control.choose(100) == 0
 
 
+def test_a_number_that_was_in_use_is_soon_tried_again():
+    """However long it had to wait before: what paid once may pay again."""
+    world, control = constant(1.5, 0.0, noise=0, spikes=0), DraftControl()
+    world.run(control, 2000)
+    assert control.wait[1] == RAREST
+    world.rate = lambda n: 0.95
+    world.run(control, 1000)
+    world.rate = lambda n: 0.0
+    run = world.run(control, 400)
+    left, again, *_ = starts(run, 1)
+    assert again - left <= 2 * TRIAL_EVERY
+
+
 def test_choose_changes_nothing():
     """With several machines one asks and tells the others; the step is asked for twice."""
     world, control = constant(1.3, 0.8), DraftControl()

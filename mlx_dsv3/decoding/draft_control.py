@@ -4,8 +4,8 @@ Verifying drafts costs reads and arithmetic, more so at long contexts and with e
 the seconds of steps with 0, 1, 2, ... drafts are measured, by context length, and how often the
 draft at each position is accepted. The number is used whose seconds per token are least.
 
-Other numbers are measured in *trials*: of plain steps, of one draft more, and of one fewer. A trial
-ends with its first rejected draft. A number is tried again `TRIAL_EVERY` steps after its last step.
+Other numbers are measured in *trials*: of plain steps, and of one draft more than now. A trial ends
+with its first rejected draft. A number is tried again `TRIAL_EVERY` steps after its last step.
 Each trial that loses by more than `CLOSE` doubles that wait, up to `RAREST`. A number that could
 not win if all its drafts were accepted waits `HOPELESS` steps.
 
@@ -149,8 +149,8 @@ class DraftControl:
         """Settle on the best number, and begin the trial that is due, if one is."""
         self.current = self.best(context)
         self.wait[self.current] = TRIAL_EVERY
-        for k in (0, self.current + 1, self.current - 1):
-            if 0 <= k <= MAX_DRAFTS and self.is_due(context, k):
+        for k in (0, self.current + 1):
+            if k <= MAX_DRAFTS and self.is_due(context, k):
                 self.trial, self.trial_left = k, TRIAL_STEPS
                 return
 
