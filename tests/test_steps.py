@@ -77,7 +77,7 @@ def test_penalties_see_earlier_drafts(often, drafts):
     assert plain != often.tokens(PROMPT, 60, 0, Sampler(temp=0.5, seed=3))
 
 
-def test_whatever_the_gate_decides(often):
+def test_whatever_the_control_decides(often):
     """The control's choices follow the clock; the tokens must not."""
 
     class Restless(DraftControl):
