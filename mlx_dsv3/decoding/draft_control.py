@@ -5,12 +5,15 @@ the seconds of steps with 0, 1, 2, ... drafts are measured, by context length, a
 draft at each position is accepted. The number is used whose seconds per token are least.
 
 Other numbers are measured in *trials*: of plain steps, and of one draft more than now. A trial ends
-with its first rejected draft. A number is tried again `TRIAL_EVERY` steps after its last step.
-Each trial that loses by more than `CLOSE` doubles that wait, up to `RAREST`. A number that could
-not win if all its drafts were accepted waits `HOPELESS` steps.
+with its first rejected draft. A number is tried again `TRIAL_EVERY` steps after its last step. Each
+trial that loses doubles that wait, up to `RAREST`, unless all its drafts were accepted or it lost
+less than `CLOSE`. A number that could not win if all its drafts were accepted waits `HOPELESS`.
+
+The first step of each kind in a row is not timed. After plain steps a draft waits for the MTP cache
+and for experts (with streamed ones it took 22 ms instead of 13), and a kernel may be compiled.
 
 What that guarantees: where no draft is ever accepted, each trial is one step, and soon there is one
-in `RAREST` steps. So drafting loses the extra time of two first steps, of about three trials, and
+in `RAREST` steps. So drafting loses the extra time of three first steps, of about three trials, and
 then of one step in 256. It does not bound what a change costs. A text that becomes easy is noticed
 after up to `RAREST` steps; one that becomes hard after up to about 50 outcomes (`FORGET`), which
 loses up to 60 plain steps that were saved before (`tests/test_draft_control.py`).
@@ -25,14 +28,14 @@ from statistics import median_low
 from mlx_dsv3.errors import UserError
 
 MAX_DRAFTS = 4
-FIRST_STEPS = 2  # with one draft, before anything is known
-TRIAL_STEPS = 6  # of a trial at most: the first ones are slow, drafts until the experts are read
+FIRST_STEPS = 3  # with one draft, before anything is known: the first one is not timed
+TRIAL_STEPS = 4  # of a trial at most
 TRIAL_EVERY = 32  # steps from the last one with a number of drafts to its trial,
 RAREST = 256  # doubled up to this many by trials that lose
 HOPELESS = 1024  # for one that cannot win: its times may be those of a slower hour
-CLOSE = 1.05  # a loss of 5 % costs too little to double the wait
+CLOSE = 1.02  # a loss of 2 % costs too little to double the wait
 WINDOW = 31  # times kept of each kind of step
-ENOUGH = 2  # of them before they count: the first may have compiled kernels
+ENOUGH = 2  # of them before they count: one may have been disturbed
 FORGET = 0.98  # weight of an outcome after each later one: about the last 50 count
 EXPECTED = 0.8  # acceptance before any was seen; weighs as one outcome
 WIN = 0.99  # another number must be 1 % cheaper than the current one, and drafts than none
@@ -65,6 +68,7 @@ class DraftControl:
         self.usual: dict[tuple[int, int], float] = {}  # their medians, once there are ENOUGH
         self.tried = [0.0] * MAX_DRAFTS  # outcomes at each position, later ones weighing more
         self.accepted = [0.0] * MAX_DRAFTS
+        self.last: int | None = None  # number of drafts of the last step
         self.current = self.trial = 1
         self.trial_left = FIRST_STEPS
         self.since = [0] * (MAX_DRAFTS + 1)  # steps since the last one, by number of drafts
@@ -126,29 +130,30 @@ class DraftControl:
             self.accepted[i] = self.accepted[i] * FORGET + (i < accepted)
         key = self.bucket(context), drafts
         times = self.times.setdefault(key, deque(maxlen=WINDOW))
-        times.append(seconds)
+        if is_measured := drafts == self.last:
+            times.append(seconds)
         if len(times) >= ENOUGH:
             self.usual[key] = median_low(times)
+        self.last = drafts
         self.since = [steps + 1 for steps in self.since]
         self.since[drafts] = 0
         if self.trial_left and drafts == self.trial:
-            self.go_on(context, is_accepted=accepted == drafts)
+            is_over = accepted < drafts or is_measured and not self.can_win(context, drafts)
+            self.go_on(context, is_over and self.step_s(context, drafts) is not None)
         if not self.trial_left:
             self.plan(context)
 
-    def go_on(self, context: int, is_accepted: bool) -> None:
-        """Count a step of the trial; end it with a rejection, or where it cannot win."""
-        self.trial_left -= 1
-        if not is_accepted or not self.can_win(context, self.trial):
-            self.trial_left = 0
-        costs = self.costs(context)
-        if not self.trial_left and costs[self.trial] > CLOSE * min(costs):
-            self.wait[self.trial] = min(2 * self.wait[self.trial], RAREST)
+    def go_on(self, context: int, is_over: bool) -> None:
+        """Count a step of the trial; after its last one, say when the next one is due."""
+        self.trial_left = 0 if is_over else self.trial_left - 1
+        if not self.trial_left:
+            costs, k = self.costs(context), self.trial
+            is_lost = costs[k] > CLOSE * min(costs) and (is_over or not k)
+            self.wait[k] = min(2 * self.wait[k], RAREST) if is_lost else TRIAL_EVERY
 
     def plan(self, context: int) -> None:
         """Settle on the best number, and begin the trial that is due, if one is."""
         self.current = self.best(context)
-        self.wait[self.current] = TRIAL_EVERY
         for k in (0, self.current + 1):
             if k <= MAX_DRAFTS and self.is_due(context, k):
                 self.trial, self.trial_left = k, TRIAL_STEPS
@@ -159,11 +164,9 @@ class DraftControl:
 
         Plain steps are what all others are scaled by, so they are measured at every length.
         """
-        plain_here = (self.bucket(context), 0) in self.usual
-        is_known = self.step_s(context, drafts) is not None if drafts else plain_here
-        is_over = self.since[drafts] >= self.wait[drafts]
-        is_worth_it = is_over and self.can_win(context, drafts) or self.since[drafts] >= HOPELESS
-        return not is_known or is_worth_it
+        is_known = (self.bucket(context), 0) in self.usual and self.step_s(context, drafts)
+        is_over = self.since[drafts] >= self.wait[drafts] and self.can_win(context, drafts)
+        return not is_known or is_over or self.since[drafts] >= HOPELESS
 
     def can_win(self, context: int, drafts: int) -> bool:
         """Say whether drafts could be cheapest if all were accepted; plain steps always may."""
