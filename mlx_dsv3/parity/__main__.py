@@ -111,9 +111,10 @@ COMMANDS = {"perplexity": perplexity, "capacities": capacities}
 
 
 def common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="MLX folder, or hub id of one")
+    parser.add_argument("model", metavar="MODEL", help="MLX folder, or hub id of one")
     parser.add_argument("--dtype", choices=DTYPES, help="activations (default: the device's)")
-    parser.add_argument("--experts", choices=("auto", "resident", "streamed"), default="auto")
+    where = ("auto", "resident", "streamed")
+    parser.add_argument("--experts", choices=where, default="auto", help="in memory, or from disk")
     parser.add_argument("--expert-memory", type=float, help="GB of expert slots", metavar="GB")
 
 
@@ -129,20 +130,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     common(parser)
     if command == "perplexity":
-        parser.add_argument("file", type=Path, help="text in UTF-8")
+        parser.add_argument("file", metavar="FILE", type=Path, help="text in UTF-8")
         parser.add_argument("--context", type=int, default=CONTEXT, help="tokens in a window")
-        parser.add_argument("--json", action="store_true")
     elif command == "capacities":
         parser.add_argument("--slots", type=int, nargs="+", help="experts in memory, per layer")
-        parser.add_argument("--tokens", type=int, default=64)
+        parser.add_argument("--tokens", type=int, default=64, help="length of the prompt")
     else:
-        parser.add_argument("golden", help="file of `python -m mlx_dsv3.reference.record`")
+        recorded = "file of `python -m mlx_dsv3.reference.record`"
+        parser.add_argument("golden", metavar="GOLDEN", help=recorded)
         parser.add_argument("--teacher-forced", action="store_true", help="golden input everywhere")
         parser.add_argument("--bounds", choices=RECIPES, help="those of another recipe")
-        parser.add_argument("--json", action="store_true")
         parser.add_argument(
             "--plot", type=Path, metavar="FILE.png", help="error and routing over depth"
         )
+    if command != "capacities":
+        parser.add_argument("--json", action="store_true", help="JSON for scripts")
     args = parser.parse_args(argv[1:] if command else argv)
     args.run = COMMANDS.get(command, check)
     return args

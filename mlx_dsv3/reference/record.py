@@ -224,14 +224,15 @@ def record(args: argparse.Namespace) -> dict[str, str]:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m mlx_dsv3.reference.record", description=__doc__.split("\n")[0])
     source.add_options(parser)
-    parser.add_argument("golden", help="safetensors file to write")
+    parser.add_argument("golden", metavar="GOLDEN", help="safetensors file to write")
     parser.add_argument(
         "--prompt-file",
         action="append",
         required=True,
         help="a text, or a .json list of token ids; repeat it for several",
     )
-    parser.add_argument("--states", choices=("sampled", "all"), default="sampled")
+    kept = f"positions whose states are kept: {NUM_POSITIONS} of them, or all"
+    parser.add_argument("--states", choices=("sampled", "all"), default="sampled", help=kept)
     parser.add_argument("--max-tokens", type=int, help="cut each prompt after so many tokens")
     return parser.parse_args(argv)
 

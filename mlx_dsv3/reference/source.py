@@ -13,7 +13,8 @@ from mlx_dsv3.reference.weights import Arithmetic
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add SOURCE and the flags that say how to compute."""
-    parser.add_argument("source", help="folder or hub id of the original checkpoint")
+    original = "folder or hub id of the original checkpoint"
+    parser.add_argument("source", metavar="SOURCE", help=original)
     parser.add_argument(
         "--arithmetic",
         choices=weights.NAMES,

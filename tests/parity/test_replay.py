@@ -309,7 +309,7 @@ def test_report_for_people(converted, capsys):
 
 
 def test_plot_without_matplotlib(converted, monkeypatch, tmp_path):
-    """M7: the extra is named before the model is loaded; the report used to be lost."""
+    """The extra is named before the model is loaded; the report used to be lost."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     forbid_loading(monkeypatch)
     with pytest.raises(UserError, match="`--plot` needs matplotlib"):
@@ -318,7 +318,7 @@ def test_plot_without_matplotlib(converted, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", ["absent/a.png", "folder.png"])
 def test_a_plot_that_cannot_be_written(converted, monkeypatch, tmp_path, name):
-    """M7: the replay ran to its end, then a traceback and no report."""
+    """The replay ran to its end, then a traceback and no report."""
     forbid_loading(monkeypatch)
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(UserError, match=f"{name}` cannot be written: "):
@@ -327,7 +327,7 @@ def test_a_plot_that_cannot_be_written(converted, monkeypatch, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["a.doc", "a"])
 def test_a_plot_without_a_format(converted, monkeypatch, tmp_path, name):
-    """M7: a ValueError of matplotlib after the replay; nothing is left behind."""
+    """A ValueError of matplotlib after the replay; nothing is left behind."""
     pytest.importorskip("matplotlib")
     forbid_loading(monkeypatch)
     with pytest.raises(UserError, match="is not the name of a picture"):
@@ -363,12 +363,12 @@ def test_a_folder_without_the_mtp_module(converted, capsys, tmp_path):
         (["{q8}", str(LONG), "--teacher-forced"], "needs the states of every position"),
         (["absent", str(LONG)], "`absent` is not a folder"),
         (["{q8}", str(FP8), "--bounds", "q9"], "`--bounds`: invalid choice: 'q9'"),
-        (["{q8}"], "the following arguments are required: golden"),
+        (["{q8}"], "the following arguments are required: GOLDEN"),
         (["perplexity", "{q8}", "absent.txt"], "`absent.txt` is not a file"),
     ],
 )
 def test_refusals(converted, monkeypatch, argv, message):
-    """Exit status 2 and one sentence each, before minutes of loading (M7)."""
+    """Exit status 2 and one sentence each, before minutes of loading."""
     forbid_loading(monkeypatch)
     with pytest.raises(UserError, match=message):
         parity.main([word.replace("{q8}", str(converted("q8"))) for word in argv])
