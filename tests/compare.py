@@ -24,7 +24,7 @@ class Bound:
 # The tolerance table, each number with its origin. Measured values are the worst over configs
 # A-D, bias means +2, 0, -1, on MLX's Linux CPU backend.
 #
-# Logits against reference and transformers in float32. Relative: the parity bound, times
+# Logits against reference and transformers in float32. Relative: what the project asks for, times
 # max(1, position / 1000), since a float32 angle is wrong by up to position x 2^-24 rad. Absolute:
 # logits of the random models lie within +-6. Cosine: half the relative bound's square, rounded up.
 # Measured: 2e-5 absolute, 8e-6 relative, 8e-12 (the 8,192 positions included).

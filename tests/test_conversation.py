@@ -23,7 +23,7 @@ class FakeTokenizer:
 
 
 def test_what_is_not_utf8_is_replaced():
-    """Surrogates, which a tokenizer refuses, in a pasted text or a system prompt (H5)."""
+    """Surrogates, which a tokenizer refuses, in a pasted text or a system prompt."""
     conversation = Conversation(FakeTokenizer(), system="a\udcffb")
     conversation.add_user("c\ud800\udc80d \N{GRINNING FACE}")
     text = "".join(map(chr, conversation.prompt_ids()[1:]))

@@ -25,7 +25,7 @@ MXFP4 = {"bits": 4, "group_size": 32, "mode": "mxfp4"}
 TRUNK, EXPERTS = "model-trunk-00001.safetensors", "model-experts-00001.safetensors"
 INDEX = "model.safetensors.index.json"
 SMALL_D = tiny.D | {"num_hidden_layers": 2}
-# Both sides in float32 on the same packed weights; the bound for mlx-lm's logits.
+# Both sides in float32 on the same packed weights: what the project asks for beside mlx-lm.
 MLX_LM = Bound(absolute=1e-4, relative=1e-5, cosine=1e-9)
 
 

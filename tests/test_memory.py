@@ -55,7 +55,7 @@ def test_plan_is_what_loading_takes(folder, dtype):
 
 @pytest.mark.parametrize("drafts", [0, 2])
 def test_a_decoded_token_takes_its_rows_alone(folder, drafts):
-    """An array that nothing evaluates keeps a row and its graph alive for every token (H1).
+    """An array that nothing evaluates keeps a row and its graph alive for every token.
 
     mlx-lm's cache with values of width 0 took as much again as the rows, or twice with drafts.
     """

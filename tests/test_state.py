@@ -235,7 +235,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("what", DAMAGE)
 def test_a_damaged_state_is_refused(model, tmp_path, what):
-    """Ids of a file reach the embedding, where MLX would read foreign memory (H4)."""
+    """Ids of a file reach the embedding, where MLX would read foreign memory."""
     path = tmp_path / "talk.safetensors"
     started(model).save(path, model.model)
     arrays, metadata = mx.load(str(path), return_metadata=True)

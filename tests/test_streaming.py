@@ -109,7 +109,7 @@ def test_a_full_bank_read_the_streamed_way_gives_the_same_bits(folder_of):
 
 @pytest.mark.usefixtures("both_ways")
 def test_a_resident_bank_keeps_no_activations(folder_of):
-    """On a CPU its prompts go the streamed way, but no slot ever changes: nothing to wait for."""
+    """On a CPU its prompts go by id as streamed ones do, but no slot ever changes."""
     loaded = load_with(folder_of("q4"), E)
     model, store = loaded.model, loaded.store
     mx.eval(model(mx.array(PROMPT[None]), model.make_cache()))

@@ -115,7 +115,7 @@ def test_stdin_is_the_question_or_is_appended(demo_q4):
 
 
 def test_bytes_that_are_not_utf8(demo_q4):
-    """A pasted byte of another encoding ended every way in with a traceback (H5)."""
+    """A pasted byte of another encoding ended every way in with a traceback."""
     done = start(demo_q4, "-p", QUESTION.encode() + b"\xff", "-s", b"\xfe", stdin=b"\xff")
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
 
@@ -136,7 +136,7 @@ def test_terminal_session(demo_q4):
     assert "Paris" in terminal.until(r"\(0 reused\)(.|\n)*>>>")
     terminal.type("And what is the capital of Italy?\r")
     terminal.until(r"\([1-9]\d* reused\)(.|\n)*>>>")
-    terminal.type(b"hi \xff\xfe there\r")  # ended the session in a traceback (H5)
+    terminal.type(b"hi \xff\xfe there\r")  # ended the session in a traceback
     terminal.until(r"\([1-9]\d* reused\)(.|\n)*>>>")
     terminal.type("/clear\r")
     terminal.until(r"\(cleared\)(.|\n)*>>>")

@@ -50,7 +50,7 @@ def test_a_failure_after_the_reply_leaves_no_turn(open_chat, capsys, monkeypatch
 
 @pytest.mark.parametrize("where", ["prompt", "reply"])
 def test_no_failure_of_a_turn_ends_the_session(open_chat, capsys, monkeypatch, where):
-    """A Metal allocation or a template that fails threw away the model, minutes of loading (H5)."""
+    """A Metal allocation or a template that fails threw away the model, minutes of loading."""
     talk = open_chat("--stats", "off", "--drafts", "0")
     answer_line(talk, QUESTION)
     first = capsys.readouterr().out

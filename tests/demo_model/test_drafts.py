@@ -42,7 +42,7 @@ def exact(loaded) -> Drafted:
 @pytest.mark.parametrize("drafts", [0, 2, "auto"])
 @pytest.mark.parametrize("experts", ["resident", "streamed"])
 def test_memory_over_4000_tokens(loaded, streamed, experts, drafts):
-    """A reply grows by the rows that were planned, also as the system counts it (H1)."""
+    """A reply grows by the rows that were planned, also as the system counts it."""
     side = loaded if experts == "resident" else streamed
     model = Drafted(side.model, side.mtp)
     beside, resident = model.growth(DraftControl() if drafts == "auto" else drafts, 4000)

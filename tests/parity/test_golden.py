@@ -112,7 +112,7 @@ VALUES = [
 
 @pytest.mark.parametrize(("name", "place", "value", "message"), VALUES)
 def test_a_value_out_of_range(changed, name, place, value, message):
-    """H4: MLX takes any number for an index; what it read was foreign memory."""
+    """MLX takes any number for an index; what it read was foreign memory."""
     assert refused(changed(set_value(name, place, value))).startswith(message)
 
 
@@ -141,12 +141,12 @@ TENSORS = [
 
 @pytest.mark.parametrize(("name", "make", "message"), TENSORS)
 def test_a_tensor_missing_or_misshapen(changed, name, make, message):
-    """H4: KeyError 'norm', or a ValueError of a broadcast, minutes after the model was loaded."""
+    """KeyError 'norm', or a ValueError of a broadcast, minutes after the model was loaded."""
     assert refused(changed(replace(name, make))).startswith(message)
 
 
 def test_prompts_that_are_too_short(changed):
-    """H4: of two tokens the MTP module has no target."""
+    """Of two tokens the MTP module has no target."""
 
     def cut(tensors, about, config):
         tensors["0.ids"], tensors["0.positions"] = tensors["0.ids"][:2], mx.array([0, 1])
@@ -156,7 +156,7 @@ def test_prompts_that_are_too_short(changed):
 
 @pytest.mark.parametrize("name", ["abc.x", "3.ids", "0.layers.4.mlp", "0.layers.0.experts", "0.x"])
 def test_a_name_that_is_not_of_the_format(changed, name):
-    """H4: `abc.x` was a ValueError, prompt 3 after prompt 1 was taken for prompt 2."""
+    """`abc.x` was a ValueError, prompt 3 after prompt 1 was taken for prompt 2."""
 
     def add(tensors, about, config):
         tensors[name] = tensors["0.ids"]
@@ -199,14 +199,14 @@ CONFIGS = [
 
 @pytest.mark.parametrize(("field", "value", "message"), CONFIGS)
 def test_a_config_out_of_range(changed, field, value, message):
-    """H4: the golden config decides what a file must hold, so it is checked before it is used."""
+    """The golden config decides what a file must hold, so it is checked before it is used."""
     found = refused(changed(lambda tensors, about, config: config.update({field: value})))
     assert found.startswith(message)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "null", "[" * 100_000, "1" * 5000])
 def test_a_config_that_is_no_object(changed, text):
-    """H4: JSONDecodeError, TypeError, RecursionError."""
+    """JSONDecodeError, TypeError, RecursionError."""
 
     def change(tensors, about, config):
         about["config"] = text
@@ -217,7 +217,7 @@ def test_a_config_that_is_no_object(changed, text):
 
 @pytest.mark.parametrize("field", golden.FIELDS)
 def test_a_field_of_the_report_is_missing(changed, field):
-    """H4: a KeyError after the replay, and no report."""
+    """A KeyError after the replay, and no report."""
     found = refused(changed(lambda tensors, about, config: about.pop(field)))
     assert found == f"has no readable `{field}` in its metadata"
 
@@ -229,21 +229,21 @@ def test_metadata_for_the_terminal(changed):
 
 
 def test_arithmetic_without_bounds(changed):
-    """H4: a KeyError in the verdict. The reader's list is that of the bounds."""
+    """A KeyError in the verdict. The reader's list is that of the bounds."""
     found = refused(changed(lambda tensors, about, config: about.update(arithmetic="int4")))
     assert found == "has arithmetic `int4`; known are float32, bf16, fp8"
     assert set(golden.ARITHMETICS) == set(bounds.ARITHMETIC)
 
 
 def test_a_name_without_an_ending(tmp_path):
-    """M8: `record` writes any name; MLX went by the ending and knew no `golden`."""
+    """`record` writes any name; MLX went by the ending and knew no `golden`."""
     path = tmp_path / "x.golden"
     path.write_bytes(LONG.read_bytes())
     assert read_golden(path).num_tokens == 339
 
 
 def test_what_is_no_file(tmp_path):
-    """M8: a folder, a pipe that nobody writes to, and names that no file can have."""
+    """A folder, a pipe that nobody writes to, and names that no file can have."""
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe", tmp_path / "absent", "a\0b"):
         assert refused(path) == "is not a file"
@@ -267,7 +267,7 @@ HEADERS = [
 
 @pytest.mark.parametrize("header", HEADERS, ids=json.dumps)
 def test_a_header_that_disagrees_with_the_data(tmp_path, header):
-    """H4: sizes are what the bytes allow before MLX sees them."""
+    """Sizes are what the bytes allow before MLX sees them."""
     text = json.dumps(header).encode()
     path = tmp_path / "g.safetensors"
     path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
@@ -276,7 +276,7 @@ def test_a_header_that_disagrees_with_the_data(tmp_path, header):
 
 @pytest.mark.parametrize("kept", [0, 7, 8, 2000, 300_000])
 def test_a_file_that_was_cut(tmp_path, kept):
-    """M8: a copy that stopped half-way."""
+    """A copy that stopped half-way."""
     path = tmp_path / "g.safetensors"
     path.write_bytes(LONG.read_bytes()[:kept])
     assert refused(path).startswith("is not a safetensors file: ")

@@ -1,6 +1,6 @@
 """Logits of the MLX model against the reference and transformers, through every path of the cache.
 
-The bound is the issue's: relative error of each position's logits <= 1e-4.
+The bound is `compare.LOGITS`: relative error of each position's logits <= 1e-4.
 """
 
 import mlx.core as mx
