@@ -1,6 +1,7 @@
 """The pages say what is so: references, paths, links, flags, examples and the recorded session."""
 
 import io
+import math
 import re
 import runpy
 import shlex
@@ -15,6 +16,11 @@ import pytest
 pytest.importorskip("mlx")
 import which_mac
 
+from convert.inventory import main_tensors
+from convert.planner import build
+from convert.recipe import RECIPES
+from convert.report import memory_needs
+from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.conversation.messages import Conversation
 from mlx_dsv3.generate import stream
 from mlx_dsv3.load import load
@@ -141,6 +147,18 @@ def test_rooms_and_benchmarks_are_named():
     assert not {name for name in programs if f"`{name}" not in page}
 
 
+def test_names_are_where_the_readme_says():
+    """`Bank` had moved to another file: the first hop of a newcomer led past it."""
+    rows = re.findall(r"`(\w+)` in \[[^]]+\]\(([\w/]+\.py)\)", prose(ROOT / "README.md"))
+    assert len(rows) >= 4
+    lost = [
+        (name, path)
+        for name, path in rows
+        if not re.search(rf"^(?:class|def) {name}\b", (ROOT / path).read_text("utf-8"), flags=re.M)
+    ]
+    assert not lost
+
+
 def blocks(page: Path, language: str = "") -> list[str]:
     """Return the fenced blocks of a page in a language."""
     text = page.read_text(encoding="utf-8")
@@ -152,11 +170,10 @@ EXAMPLES = [(page, code) for page in READ for code in blocks(page, "python")]
 
 @pytest.mark.parametrize("page, code", EXAMPLES, ids=lambda x: getattr(x, "name", ""))
 def test_python_examples_run(page, code, converted, tmp_path, monkeypatch, capsys):
-    """Every Python example of every page runs; its `models/NAME` is the demo model in 4 bits."""
+    """Every Python example of every page runs, on the demo model that `make demo` makes."""
     monkeypatch.chdir(tmp_path)
-    Path("models").mkdir()
-    for name in re.findall(r"models/([\w-]+)", code):
-        Path("models", name).symlink_to(converted("q4"))
+    Path("build").mkdir()
+    Path("build/demo-q4").symlink_to(converted("q4"))
     exec(compile(code, str(page), "exec"), {"__name__": "example"})
     if page.name == "README.md":
         assert capsys.readouterr().out == "The capital of France is Paris."
@@ -196,6 +213,39 @@ def test_which_mac_runs_what(column, monkeypatch):
     table = {row[0]: row[1 + column] for row in rows if len(row) == 1 + len(which_mac.COLUMNS)}
     monkeypatch.setattr(which_mac, "COLUMNS", which_mac.COLUMNS[column : column + 1])
     assert table == dict(which_mac.table())
+
+
+def test_share_of_the_routed_experts():
+    """The README said 94 %: a number that nothing counts is copied for ever."""
+    sizes = {True: 0, False: 0}
+    for tensor in main_tensors(ModelArgs.from_dict(which_mac.V3)):
+        sizes[".experts." in tensor.name] += math.prod(tensor.shape)
+    share = f"{sizes[True] / sum(sizes.values()):.0%}".replace("%", " %")
+    assert f"Routed experts are {share} of the weights" in prose(ROOT / "README.md")
+
+
+RECIPE_ROWS = re.findall(
+    r"^\| `([\w-]+)`[^|]*\| 688\.6 GB \|(.*) \|$",
+    (ROOT / "README.md").read_text(encoding="utf-8"),
+    flags=re.M,
+)
+
+
+def test_the_recipes_of_the_readme_are_found():
+    assert len(RECIPE_ROWS) == 5
+
+
+@pytest.mark.parametrize(
+    "recipe, row",
+    [RECIPE_ROWS[0], *(pytest.param(*r, marks=pytest.mark.slow) for r in RECIPE_ROWS[1:])],
+)
+def test_recipes_of_the_readme(recipe, row):
+    """A row of the README's table of sizes is what the converter's plan says today."""
+    plan = build(which_mac.source_of(which_mac.V3), RECIPES[recipe])
+    needs = memory_needs(plan)
+    names = ("resident_bytes", "streamed_bytes", "quarter_bytes")
+    sizes = [plan.nbytes, *(needs[name] for name in names)]
+    assert row.strip().split(" | ") == [f"{nbytes / 1e9:.1f} GB" for nbytes in sizes]
 
 
 RUN_TWICE = pytest.mark.filterwarnings("ignore:.*found in sys.modules")
