@@ -136,7 +136,7 @@ def throttled(read, bytes_per_s: float):
 
     def slow(job: Job) -> None:
         with disk:
-            time.sleep(sum(map(len, job.buffers)) / bytes_per_s)
+            time.sleep(job.nbytes / bytes_per_s)
         read(job)
 
     return slow
@@ -287,8 +287,7 @@ def dropping(store: ExpertStore):
 
     def read_and_drop(job: Job) -> None:
         read(job)
-        nbytes = sum(map(len, job.buffers))
-        os.posix_fadvise(files.open(job.path), job.offset, nbytes, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(files.open(job.path), job.offset, job.nbytes, os.POSIX_FADV_DONTNEED)
 
     return read_and_drop
 

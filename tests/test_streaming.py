@@ -1,7 +1,6 @@
 """Experts streamed from disk: the same bits at every capacity, the right bytes in every slot."""
 
 import os
-import sys
 import threading
 from itertools import product
 
@@ -22,7 +21,6 @@ from streamed import (
 
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.experts import products, reader
-from mlx_dsv3.experts import store as expert_store
 from mlx_dsv3.experts.bank import EMPTY, Bank
 from mlx_dsv3.experts.store import ExpertStore
 
@@ -257,19 +255,6 @@ def test_probe_measures_and_leaves_experts_that_count(folder_of):
     assert (bank.expert_in != EMPTY).all() and bank.counters.misses == 0
     check_slots(bank, truth)
     store.close()
-
-
-def test_the_switch_interval_is_short_until_the_last_store_closes(folder_of, monkeypatch):
-    shortened = sys.getswitchinterval()
-    monkeypatch.setattr(expert_store, "switch_interval", expert_store.SwitchInterval())
-    sys.setswitchinterval(0.004)
-    first, second = (load_with(folder_of("q4"), K).store for _ in range(2))
-    first.close()
-    first.close()
-    assert sys.getswitchinterval() == pytest.approx(expert_store.SWITCH_INTERVAL_S)
-    second.close()
-    assert sys.getswitchinterval() == pytest.approx(0.004)
-    sys.setswitchinterval(shortened)
 
 
 def test_abandoned_reads_are_skipped_and_their_experts_absent(folder_of, monkeypatch):

@@ -6,8 +6,6 @@ import signal
 import sys
 import threading
 import time
-from functools import cache
-from itertools import product
 from pathlib import Path
 
 import mlx.core as mx
@@ -175,10 +173,6 @@ def check_interrupts(folder, monkeypatch, stride: int, second: int | None) -> in
     loaded = load_with(folder, 2 * K)
     model, store = loaded.model, loaded.store
     truth, line, count, seconds, join = expected_rows(folder), 1, 0, [], Bank.join
-    for bank in store.banks.values():  # built beforehand: most of the lines, all of one kind
-        monkeypatch.setattr(bank, "job", cache(bank.job))
-        for requests, slot in product(bank.requests, range(bank.capacity)):
-            [bank.job(request, slot) for request in requests]
 
     def interrupted_join(bank: Bank) -> None:
         if second and sys.exc_info()[0] is KeyboardInterrupt:  # it serves the first one

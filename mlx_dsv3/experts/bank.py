@@ -207,7 +207,7 @@ class Bank:
         self.expert_in[slots] = fetch.missing
         self.slot_of[fetch.missing] = slots
         self.used[slots] = self.step
-        self.counters.nbytes += len(fetch.missing) * self.expert_bytes
+        self.counters.nbytes += sum(job.nbytes for job in jobs)
         self.fetches.add(fetch)
 
     def bring(self, experts: np.ndarray) -> None:
@@ -220,19 +220,26 @@ class Bank:
         self.counters = Counters()
 
     def job(self, request: Request, slot: int) -> Job:
-        """Return the read of a request into a slot; floats of another dtype go through scratch."""
+        """Return the read of a request into a slot."""
+        place = partial(self.place, request, slot)
+        return Job(request.path, request.offset, request.nbytes, place)
+
+    def place(self, request: Request, slot: int) -> tuple[list, Callable[[], None] | None]:
+        """Return where the bytes of a request go; floats of another dtype go through scratch.
+
+        Called by the reader's threads: the bytes of a slot are sliced while others are read.
+        """
         buffers, floats = [], []
         for span in request.spans:
             row, dtype = self.row(slot, span.target)
             if FLOAT_DTYPES.get(span.dtype, dtype) == dtype:
                 buffers.append(row[span.begin : span.begin + span.nbytes])
                 continue
-            scratch, ratio = np.empty(span.nbytes, np.uint8), dtype.size / FLOAT_BYTES[span.dtype]
+            scratch, ratio = bytearray(span.nbytes), dtype.size / FLOAT_BYTES[span.dtype]
             begin, nbytes = int(span.begin * ratio), int(span.nbytes * ratio)
             buffers.append(scratch)
             floats.append((scratch, span.dtype, dtype, row[begin : begin + nbytes]))
-        finish = partial(convert_all, floats) if floats else None
-        return Job(request.path, request.offset, buffers, finish)
+        return buffers, partial(convert_all, floats) if floats else None
 
     def row(self, slot: int, target: str) -> tuple[memoryview, mx.Dtype]:
         """Return the writable bytes of a slot in one array, and the array's dtype."""

@@ -21,12 +21,16 @@ NUM_READERS = 12
 
 
 class Job(NamedTuple):
-    """One read of adjacent bytes: they fill `buffers` in turn, then `finish` is called."""
+    """One read of adjacent bytes.
+
+    `place` is called when the read begins, on its thread. It returns the buffers that the bytes
+    fill in turn, and what is called then, or None.
+    """
 
     path: Path
     offset: int
-    buffers: list
-    finish: Callable[[], None] | None = None
+    nbytes: int
+    place: Callable[[], tuple[list, Callable[[], None] | None]]
 
 
 class Batch:
@@ -110,15 +114,15 @@ class Reader:
         return batch
 
     def read(self, job: Job) -> None:
-        read_exactly(self.files.open(job.path), job.buffers, job.offset, job.path)
-        if job.finish is not None:
-            job.finish()
+        buffers, finish = job.place()
+        read_exactly(self.files.open(job.path), buffers, job.offset, job.path)
+        if finish is not None:
+            finish()
 
     def _serve(self) -> None:
         while (work := self._queue.get()) is not None:
             batch, job = work
             batch.run(self.read, job)
-            del work, batch, job  # with the buffers, while this thread waits for more
 
     def close(self) -> None:
         """Stop the threads once they have done what they were given; close the files."""

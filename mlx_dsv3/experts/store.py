@@ -3,7 +3,6 @@
 Opens layers, closes files, sums what the banks counted. Which expert is where is the banks'.
 """
 
-import sys
 import time
 from collections.abc import Callable
 
@@ -16,32 +15,7 @@ from mlx_dsv3.experts.bank import Bank, Counters
 from mlx_dsv3.experts.files import LayerExperts
 from mlx_dsv3.experts.reader import Reader
 
-# A reader that needs the GIL waits up to this long for the main thread (Python's default is 5 ms).
-SWITCH_INTERVAL_S = 0.0005
 PROBE_BYTES = 400 << 20
-
-
-class SwitchInterval:
-    """The switch interval of the process: short from the first streamed store to the last."""
-
-    def __init__(self):
-        self.users: set[int] = set()
-        self.before = sys.getswitchinterval()
-
-    def shorten(self, user: object) -> None:
-        if not self.users:
-            self.before = sys.getswitchinterval()
-            sys.setswitchinterval(SWITCH_INTERVAL_S)
-        self.users.add(id(user))
-
-    def restore(self, user: object) -> None:
-        if id(user) in self.users:
-            self.users.remove(id(user))
-            if not self.users:
-                sys.setswitchinterval(self.before)
-
-
-switch_interval = SwitchInterval()
 
 
 class ExpertStore:
@@ -64,8 +38,6 @@ class ExpertStore:
         self.banks: dict[int, Bank] = {}
         self.reader = Reader()
         self._on_route: Callable[[int, np.ndarray], None] | None = None
-        if self.is_streamed:
-            switch_interval.shorten(self)
 
     @property
     def is_streamed(self) -> bool:
@@ -126,4 +98,3 @@ class ExpertStore:
         for bank in self.banks.values():
             bank.join()
         self.reader.close()
-        switch_interval.restore(self)
