@@ -17,7 +17,7 @@ decoding.
 
 Host synchronisations: one for each step with drafts, whatever k, to read drafts and choices
 together; one for each plain step, to read a token while the next step already runs. With streamed
-experts every layer adds its own (`moe.py`).
+experts every layer adds its own (`experts/products.py`).
 
 Yields token ids. Text and the end of a reply are the caller's: it says how many tokens it wants at
 most, and leaves where it has enough.
