@@ -42,8 +42,10 @@ def parser() -> argparse.ArgumentParser:
     for command in (plan, convert, mtp):
         command.add_argument("source", metavar="SOURCE", help="folder of a checkpoint, or a hub id")
         command.add_argument("--revision", help="with a hub id: branch, tag or commit")
+    dest = {check: "a converted folder", mtp: "the folder that gets the layer"}
     for command in (convert, check, mtp):
-        command.add_argument("dest", metavar="DEST", type=Path, help="folder of the result")
+        what = dest.get(command, "folder of the result")
+        command.add_argument("dest", metavar="DEST", type=Path, help=what)
         command.add_argument(
             "--jobs", type=int, default=DEFAULT_JOBS, help="threads for each stage (%(default)s)"
         )
