@@ -174,10 +174,13 @@ def test_a_trial_ends_with_the_first_rejected_draft():
             control.observe(100, k, PLAIN_S * (1 + 0.9 * k))
         while control.choose(100) == 0:
             control.observe(100, 0, PLAIN_S)
+        wait = control.wait[1]
         for accepted in outcomes:
             assert control.choose(100) == 1 and control.current == 0
             control.observe(100, 1, PLAIN_S * 1.9, accepted)
         assert not control.trial_left and control.choose(100) == 0
+        # It has lost; but where all were accepted the text may have become easier.
+        assert control.wait[1] == (TRIAL_EVERY if all(outcomes) else 2 * wait)
 
 
 def test_a_number_that_was_in_use_is_soon_tried_again():
@@ -191,6 +194,13 @@ def test_a_number_that_was_in_use_is_soon_tried_again():
     run = world.run(control, 400)
     left, again, *_ = starts(run, 1)
     assert again - left <= 2 * TRIAL_EVERY
+
+
+def test_plain_steps_too_are_tried_less_and_less():
+    """Where drafts pay, each look at plain steps costs what drafts would have saved."""
+    run = constant(1.4, 0.95, noise=0, spikes=0).run(DraftControl(), 4000)
+    at = starts(run, 0)
+    assert len(at) <= 8 and at[-1] - at[-2] > RAREST
 
 
 def test_choose_changes_nothing():
