@@ -6,8 +6,8 @@ draft at each position is accepted. The number is used whose seconds per token a
 
 Other numbers are measured in *trials*: of plain steps, and of one draft more than now. A trial ends
 with its first rejected draft. A number is tried again `TRIAL_EVERY` steps after its last step. Each
-trial that loses doubles that wait, up to `RAREST`, unless all its drafts were accepted or it lost
-less than `CLOSE`. A number that could not win if all its drafts were accepted waits `HOPELESS`.
+trial that loses doubles that wait, up to `RAREST`, unless all its drafts were accepted. A number
+that could not win if all its drafts were accepted waits `HOPELESS` steps.
 
 The first step of each kind in a row is not timed. After plain steps a draft waits for the MTP cache
 and for experts (with streamed ones it took 22 ms instead of 13), and a kernel may be compiled.
@@ -33,7 +33,6 @@ TRIAL_STEPS = 4  # of a trial at most
 TRIAL_EVERY = 32  # steps from the last one with a number of drafts to its trial,
 RAREST = 256  # doubled up to this many by trials that lose
 HOPELESS = 1024  # for one that cannot win: its times may be those of a slower hour
-CLOSE = 1.02  # a loss of 2 % costs too little to double the wait
 WINDOW = 15  # times kept of each kind of step
 ENOUGH = 2  # of them before they count: one may have been disturbed
 FORGET = 0.98  # weight of an outcome after each later one: about the last 50 count
@@ -148,7 +147,7 @@ class DraftControl:
         self.trial_left = 0 if is_over else self.trial_left - 1
         if not self.trial_left:
             costs, k = self.costs(context), self.trial
-            is_lost = costs[k] > CLOSE * min(costs) and (is_over or not k)
+            is_lost = costs[k] > min(costs) and (is_over or not k)
             self.wait[k] = min(2 * self.wait[k], RAREST) if is_lost else TRIAL_EVERY
 
     def plan(self, context: int) -> None:
