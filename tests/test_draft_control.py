@@ -154,8 +154,8 @@ def test_what_cannot_win_is_hardly_tried(ratio):
     for rate in 0.0, 0.9:
         run = constant(ratio, rate, noise=0, spikes=0).run(DraftControl(), 2000)
         first, *later = starts(run, 1)
-        assert first == 0 and later[-1] >= HOPELESS  # its time may have been that of a slower hour
-        assert run.steps[1] <= FIRST_STEPS + 4
+        assert first == 0 and later[-1] >= HOPELESS  # its time may have been that of a slow start
+        assert run.steps[1] <= FIRST_STEPS + 3 * 4
 
 
 @pytest.mark.parametrize("ratio", [1.05, 1.3, 2.0, 4.0])
@@ -164,7 +164,10 @@ def test_little_is_lost_where_little_is_accepted(ratio, rate):
     for tokens in (60, 200, 1000):
         for seed in range(10):
             run = constant(ratio, rate, noise=0, spikes=0).run(DraftControl(), tokens, seed)
-            assert run.lost <= FIRST_STEPS * (ratio - 1) + 2 + 0.005 * tokens
+            assert (
+                run.lost
+                <= (FIRST_STEPS * (ratio - 1) + 2) * (1 + tokens // HOPELESS) + 0.005 * tokens
+            )
 
 
 def test_a_trial_ends_with_the_first_rejected_draft():
@@ -264,12 +267,22 @@ def test_spikes_in_the_first_measurements_do_not_decide_for_good():
     assert world.speed_ups(600)[0] >= 1.2
 
 
+def test_a_slow_start_does_not_decide_for_good():
+    """The first steps read weights and compile, and nothing was accepted; then all became fast."""
+    world = constant(1.5, 0.85)
+    for seed in range(10):
+        control = DraftControl()
+        for k, seconds in (1, 0.03), (1, 0.03), (1, 0.03), (0, 0.014), (0, 0.012), (0, 0.01):
+            control.observe(100, k, seconds)
+        assert world.run(control, 2500, seed).speed_up >= 1.15
+
+
 def test_context_growth_turns_drafts_off():
     """Verification pays attention for every row: a number that won at 2k loses at 30k."""
     world = World(lambda n, k: PLAIN_S + k * (0.002 + 0.01 * n / 4000), lambda n: 0.85)
     assert world.run(DraftControl(), 1500).steps[0] < 150
     late = [world.run(DraftControl(), 1500, seed, context=30000) for seed in range(20)]
-    assert all(run.steps[0] > 1400 and run.speed_up > 0.97 for run in late)
+    assert all(run.steps[0] > 1400 and run.speed_up > 0.95 for run in late)
     assert world.speed_ups(9000, seeds=3)[0] >= 1.03
 
 

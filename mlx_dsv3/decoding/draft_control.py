@@ -7,16 +7,17 @@ draft at each position is accepted. The number is used whose seconds per token a
 Other numbers are measured in *trials*: of plain steps, and of one draft more than now. A trial ends
 with its first rejected draft. A number is tried again `TRIAL_EVERY` steps after its last step. Each
 trial that loses doubles that wait, up to `RAREST`, unless all its drafts were accepted. A number
-that could not win if all its drafts were accepted waits `HOPELESS` steps.
+that could not win if all its drafts were accepted waits `HOPELESS` steps, and is then measured
+anew: its times may be those of a slow start.
 
 The first step of each kind in a row is not timed. After plain steps a draft waits for the MTP cache
 and for experts (with streamed ones it took 22 ms instead of 13), and a kernel may be compiled.
 
 What that guarantees: where no draft is ever accepted, each trial is one step, and soon there is one
 in `RAREST` steps. So drafting loses the extra time of three first steps, of about three trials, and
-then of one step in 256. It does not bound what a change costs. A text that becomes easy is noticed
-after up to `RAREST` steps; one that becomes hard after up to about 50 outcomes (`FORGET`), which
-loses up to 60 plain steps that were saved before (`tests/test_draft_control.py`).
+then of one step in 256; or of three in `HOPELESS`, where it could not win. It does not bound what
+a change costs. A text that becomes easy is noticed after up to `RAREST` steps; one that becomes
+hard after up to about 50 outcomes (`FORGET`), which loses up to 60 plain steps saved before.
 
 It reads no clock: the caller says what a step took. With several machines one of them can decide.
 """
@@ -32,7 +33,7 @@ FIRST_STEPS = 3  # with one draft, before anything is known: the first one is no
 TRIAL_STEPS = 4  # of a trial at most
 TRIAL_EVERY = 32  # steps from the last one with a number of drafts to its trial,
 RAREST = 256  # doubled up to this many by trials that lose
-HOPELESS = 1024  # for one that cannot win: its times may be those of a slower hour
+HOPELESS = 512  # for one that cannot win
 WINDOW = 15  # times kept of each kind of step
 ENOUGH = 2  # of them before they count: one may have been disturbed
 FORGET = 0.98  # weight of an outcome after each later one: about the last 50 count
@@ -67,10 +68,9 @@ class DraftControl:
         self.usual: dict[tuple[int, int], float] = {}  # their medians, once there are ENOUGH
         self.tried = [0.0] * MAX_DRAFTS  # outcomes at each position, later ones weighing more
         self.accepted = [0.0] * MAX_DRAFTS
-        self.last: int | None = None  # number of drafts of the last step
         self.current = self.trial = 1
         self.trial_left = FIRST_STEPS
-        self.since = [0] * (MAX_DRAFTS + 1)  # steps since the last one, by number of drafts
+        self.since = [1] * (MAX_DRAFTS + 1)  # steps since the last one, by number of drafts
         self.wait = [TRIAL_EVERY] * (MAX_DRAFTS + 1)  # so many until the next trial
 
     @staticmethod
@@ -129,11 +129,10 @@ class DraftControl:
             self.accepted[i] = self.accepted[i] * FORGET + (i < accepted)
         key = self.bucket(context), drafts
         times = self.times.setdefault(key, deque(maxlen=WINDOW))
-        if is_measured := drafts == self.last:
+        if is_measured := self.since[drafts] == 0:
             times.append(seconds)
         if len(times) >= ENOUGH:
             self.usual[key] = median_low(times)
-        self.last = drafts
         self.since = [steps + 1 for steps in self.since]
         self.since[drafts] = 0
         if self.trial_left and drafts == self.trial:
@@ -155,6 +154,9 @@ class DraftControl:
         self.current = self.best(context)
         for k in (0, self.current + 1):
             if k <= MAX_DRAFTS and self.is_due(context, k):
+                if not self.can_win(context, k):  # its times may be those of a slower hour
+                    self.times = {key: t for key, t in self.times.items() if key[1] != k}
+                    self.usual = {key: t for key, t in self.usual.items() if key[1] != k}
                 self.trial, self.trial_left = k, TRIAL_STEPS
                 return
 
@@ -164,8 +166,8 @@ class DraftControl:
         Plain steps are what all others are scaled by, so they are measured at every length.
         """
         is_known = (self.bucket(context), 0) in self.usual and self.step_s(context, drafts)
-        is_over = self.since[drafts] >= self.wait[drafts] and self.can_win(context, drafts)
-        return not is_known or is_over or self.since[drafts] >= HOPELESS
+        least = 0 if self.can_win(context, drafts) else HOPELESS
+        return not is_known or self.since[drafts] >= max(self.wait[drafts], least)
 
     def can_win(self, context: int, drafts: int) -> bool:
         """Say whether drafts could be cheapest if all were accepted; plain steps always may."""
