@@ -30,6 +30,7 @@ RESIDENT_CHUNK = 2048  # at most: only streamed experts are read again for every
 CHUNK_SHARE = 0.05  # of the memory for experts, that a larger chunk may take from them
 DEFAULT_CONTEXT = 32768
 LEAST_CONTEXT = 1024  # that is planned for where none was asked for
+MOST_GB = 1e6  # infinity is no number of bytes
 MODES = ("auto", "resident", "streamed")
 
 
@@ -179,6 +180,10 @@ def make_plan(
             f"`--expert-memory {expert_memory_gb:g}` bounds the experts in memory and "
             "`--experts resident` keeps all of them there",
             "drop one of the two",
+        )
+    if expert_memory_gb is not None and not 0 <= expert_memory_gb <= MOST_GB:
+        raise UserError(
+            f"`--expert-memory` is `{expert_memory_gb:g}`", "it takes GB, a number from 0"
         )
     limit = int(available_bytes() * USABLE_SHARE) if limit_bytes is None else limit_bytes
     sizes = sizes_of(tensors, args, dtype)

@@ -156,6 +156,13 @@ def test_below_the_minimum_names_the_minimum(folder):
     assert set(plan.slots.values()) == {K}
 
 
+@pytest.mark.parametrize("budget", [float("nan"), float("inf"), -1.0])
+def test_a_budget_is_a_number_of_bytes(folder, budget):
+    """Of a program or of parity's flag: NaN and infinity ended in tracebacks."""
+    with pytest.raises(UserError, match="`--expert-memory` is `"):
+        plan_memory(folder, dtype=mx.float32, expert_memory_gb=budget)
+
+
 def test_nothing_fits(folder):
     with pytest.raises(UserError, match="this machine allows") as error:
         plan_memory(folder, dtype=mx.float32, limit_bytes=1000)

@@ -99,7 +99,9 @@ def perplexity(args: argparse.Namespace, folder: Folder, load: Callable[..., Loa
 
 def capacities(args: argparse.Namespace, folder: Folder, load: Callable[..., Loaded]) -> int:
     """Compare logits at several expert capacities bit by bit; return 1 where any differs."""
-    status = 0
+    status, least, most = 0, folder.args.num_experts_per_tok, folder.args.n_routed_experts
+    if bad := [count for count in args.slots or () if not least <= count <= most]:
+        raise UserError(f"`--slots` has {bad[0]}", f"this model takes {least} to {most} per layer")
     for slots, experts, different in compare_capacities(load, args.slots, args.tokens):
         words = f"{', '.join(different)} differ" if different else "equal, bit for bit"
         print(f"{slots} of {experts} experts in memory: {words}")
@@ -110,9 +112,18 @@ def capacities(args: argparse.Namespace, folder: Folder, load: Callable[..., Loa
 COMMANDS = {"perplexity": perplexity, "capacities": capacities}
 
 
-def common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="MLX folder, or hub id of one")
-    parser.add_argument("--dtype", choices=DTYPES, help="activations (default: the device's)")
+def whole(flag: str, least: int) -> Callable[[str], int]:
+    """Return the parser of a whole number from `least` up."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise UserError(f"`{flag}` is `{text}`", f"it takes a whole number from {least}")
+        return int(text)
+
+    return parse
+
+
+def add_memory(parser: argparse.ArgumentParser) -> None:
     where = ("auto", "resident", "streamed")
     parser.add_argument("--experts", choices=where, default="auto", help="in memory, or from disk")
     parser.add_argument("--expert-memory", type=float, help="GB of expert slots", metavar="GB")
@@ -128,13 +139,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
         epilog=None if command else usage[1],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    common(parser)
+    parser.add_argument("model", metavar="MODEL", help="MLX folder, or hub id of one")
+    parser.add_argument("--dtype", choices=DTYPES, help="activations (default: the device's)")
+    if command == "capacities":  # which decides where experts are
+        parser.set_defaults(experts="auto", expert_memory=None)
+    else:
+        add_memory(parser)
     if command == "perplexity":
         parser.add_argument("file", metavar="FILE", type=Path, help="text in UTF-8")
-        parser.add_argument("--context", type=int, default=CONTEXT, help="tokens in a window")
+        window = whole("--context", 2)
+        parser.add_argument("--context", type=window, default=CONTEXT, help="tokens in a window")
     elif command == "capacities":
         parser.add_argument("--slots", type=int, nargs="+", help="experts in memory, per layer")
-        parser.add_argument("--tokens", type=int, default=64, help="length of the prompt")
+        length = whole("--tokens", 4)  # the MTP module gets a pair of half of them
+        parser.add_argument("--tokens", type=length, default=64, help="length of the prompt")
     else:
         recorded = "file of `python -m mlx_dsv3.reference.record`"
         parser.add_argument("golden", metavar="GOLDEN", help=recorded)

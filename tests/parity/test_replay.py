@@ -365,6 +365,11 @@ def test_a_folder_without_the_mtp_module(converted, capsys, tmp_path):
         (["{q8}", str(FP8), "--bounds", "q9"], "`--bounds`: invalid choice: 'q9'"),
         (["{q8}"], "the following arguments are required: GOLDEN"),
         (["perplexity", "{q8}", "absent.txt"], "`absent.txt` is not a file"),
+        (["perplexity", "{q8}", str(GOLDEN / "long.txt"), "--context", "0"], "`--context` is `0`"),
+        (["perplexity", "{q8}", str(GOLDEN / "long.txt"), "--context", "1"], "`--context` is `1`"),
+        (["capacities", "{q8}", "--tokens", "3"], "`--tokens` is `3`"),
+        (["capacities", "{q8}", "--slots", "4", "33"], "`--slots` has 33"),
+        (["capacities", "{q8}", "--experts", "streamed"], "unrecognized arguments: --experts"),
     ],
 )
 def test_refusals(converted, monkeypatch, argv, message):
