@@ -122,7 +122,7 @@ def summarise(subject: Subject, tokens: int, rounds: int) -> dict:
 
 
 def describe(runs: dict, mode: int | str) -> dict:
-    """Return acceptance, tokens a step, and speed-up over plain replies; for `auto`, its steps."""
+    """Return acceptance, tokens per step, speed-up over plain replies; for `auto`, its steps."""
     stats = [run[1] for run in runs[mode]]
     drafted, accepted, steps = (sum_of(stats, name) for name in ("drafted", "accepted", "steps"))
     row = {
@@ -152,9 +152,9 @@ def summarise_reads(subject: Subject, tokens: int) -> dict:
         hits = sum(counters.hits for _, _, counters in runs[mode])
         seconds = sum(seconds for seconds, _, _ in runs[mode])
         rows[str(mode)] = {
-            "reads a token": misses / count,
+            "reads per token": misses / count,
             "hit rate": hits / (hits + misses),
-            "ms a token": 1e3 * seconds / count,
+            "ms per token": 1e3 * seconds / count,
         }
     rows["auto"]["steps"] = sum_of([stats for _, stats, _ in runs["auto"]], "steps")
     return {"model": subject.name, "modes": rows}

@@ -51,7 +51,7 @@ class Subject:
 
 
 def demo(work: Path, recipe: str, num_prompts: int, slots: int | None = None) -> Subject:
-    """Convert and load the demo checkpoint; with `slots`, that many expert slots a layer."""
+    """Convert and load the demo checkpoint; with `slots`, that many expert slots per layer."""
     folder = work / f"demo-{recipe}"
     if not folder.is_dir():
         convert(["run", str(DEMO / "checkpoint"), str(folder), "--recipe", recipe])

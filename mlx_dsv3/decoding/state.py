@@ -125,7 +125,7 @@ def fingerprint(model: Model) -> str:
     """Return a digest of a model's parameters, which tells models and quantisations apart.
 
     Of every parameter it takes name, shape, dtype and the first values; of the experts, which
-    are no parameters and may be on disk, the shapes.
+    are not parameters and may be on disk, the shapes.
     """
     digest = hashlib.sha256()
     for name, array in sorted(tree_flatten(model.parameters())):
@@ -146,7 +146,7 @@ def load_state(path: str | Path, model: Model) -> State:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"`{path}` cannot be read: {error}") from None
     if metadata.get("format") != FORMAT:
-        raise UserError(f"`{path}` holds no saved conversation")
+        raise UserError(f"`{path}` is not a saved conversation")
     if metadata.get("model") != fingerprint(model):
         raise UserError(
             f"`{path}` was saved with another model or another quantisation of it",

@@ -19,7 +19,7 @@ Host synchronisations: one for each step with drafts, whatever k, to read drafts
 together; one for each plain step, to read a token while the next step already runs. With streamed
 experts every layer adds its own (`experts/products.py`).
 
-Yields token ids. Text and the end of a reply are the caller's: it says how many tokens it wants at
+Yields token ids. Text and the end of a reply are the caller's: it says how many tokens it needs at
 most, and leaves where it has enough.
 """
 
@@ -148,7 +148,7 @@ class Stepper:
 def decode(
     stepper: Stepper, last: int, limit: int, control: DraftControl, stats: DraftStats
 ) -> Iterator[int]:
-    """Yield up to `limit` tokens after `last`, with as many drafts a step as the control says.
+    """Yield up to `limit` tokens after `last`, with as many drafts per step as the control says.
 
     Wherever it is left, also inside accepted drafts, what was not yielded is not in the state.
     """
