@@ -217,7 +217,7 @@ def test_files_that_hold_no_state_are_refused(model, tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         load_state(path, model.model)
     mx.save_safetensors(str(path), {"a": mx.zeros(1)})
-    with pytest.raises(UserError, match="no saved conversation"):
+    with pytest.raises(UserError, match="not a saved conversation"):
         load_state(path, model.model)
 
 
