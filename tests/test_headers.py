@@ -122,6 +122,14 @@ def test_sizes_that_mlx_does_not_have(tmp_path, shape):
     assert f"`empty` in `{path}` has a damaged shape" == refusal(path)
 
 
+def test_offsets_of_4300_digits(tmp_path):
+    """The longest numbers that Python reads: from the file's start they have a digit more."""
+    far = 10**4300 - 1
+    entry = GOOD["empty"] | {"data_offsets": [far, far]}
+    path = write(tmp_path / "x.safetensors", GOOD | {"empty": entry})
+    assert f"`empty` in `{path}` has damaged offsets" == refusal(path)
+
+
 def test_a_nest_is_not_printed(tmp_path):
     """What a header calls a dtype may be a page of lists, and as deep as Python can read."""
     nest = "[" * 900 + "]" * 900

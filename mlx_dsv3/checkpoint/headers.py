@@ -35,6 +35,7 @@ DTYPE_BYTES = {
 }
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS, MAX_DIMENSION = 8, 2**31 - 1  # MLX's sizes are int32; no tensor has more than 4
+MAX_OFFSET = 2**63 - 1  # of files; and Python refuses to print numbers of 4,301 digits
 AGAIN = "fetch the file again; a download that stopped half-way looks like this"
 
 
@@ -112,7 +113,7 @@ def _entry(path: Path, name: str, data_start: int, entry) -> TensorInfo:
         raise UserError(f"`{name}` in `{path}` has the unknown dtype `{word}`", AGAIN)
     if not _are_sizes(shape, MAX_DIMENSION) or len(shape) > MAX_DIMENSIONS:
         raise UserError(f"`{name}` in `{path}` has a damaged shape", AGAIN)
-    if not _are_sizes(offsets, math.inf) or len(offsets) != 2:
+    if not _are_sizes(offsets, MAX_OFFSET) or len(offsets) != 2:
         raise UserError(f"`{name}` in `{path}` has damaged offsets", AGAIN)
     nbytes = offsets[1] - offsets[0]
     if nbytes != math.prod(shape) * DTYPE_BYTES[dtype]:
@@ -123,7 +124,7 @@ def _entry(path: Path, name: str, data_start: int, entry) -> TensorInfo:
     return TensorInfo(path, dtype, tuple(shape), data_start + offsets[0], nbytes)
 
 
-def _are_sizes(values, most: float) -> bool:
+def _are_sizes(values, most: int) -> bool:
     """Say whether these are a list of integers from 0 to `most`; true is not one, nor is 1.0."""
     return isinstance(values, list) and all(type(n) is int and 0 <= n <= most for n in values)
 
