@@ -1,6 +1,9 @@
 """Routed experts from disk to banks: every byte, in both arrangements, and what a bad file says."""
 
+import gc
 import os
+import time
+import weakref
 
 import mlx.core as mx
 import numpy as np
@@ -338,6 +341,19 @@ def test_scales_are_widened(folder_of, open_store):
     assert bank.gate_up.weight.dtype == mx.uint32
     bank = open_store(headers_of(folder_of("mxfp4"))).open_layer(1)
     assert bank.gate_up.scales.dtype == mx.uint8 and bank.gate_up.biases is None
+
+
+def test_a_store_that_is_dropped_leaves_no_bank_in_memory(folder_of):
+    """Nobody closed it: its threads wait, and the last read of each knew gigabytes of experts."""
+    store = ExpertStore(headers_of(folder_of("bf16")), ARGS, mx.float32)
+    bank, reader = weakref.ref(store.open_layer(1)), store.reader
+    del store
+    end = time.monotonic() + 10
+    while bank() is not None and time.monotonic() < end:  # a thread may be on its way to wait
+        time.sleep(0.01)
+        gc.collect()
+    assert bank() is None
+    reader.close()
 
 
 def test_bank_outlives_the_store(folder_of):

@@ -123,6 +123,7 @@ class Reader:
         while (work := self._queue.get()) is not None:
             batch, job = work
             batch.run(self.read, job)
+            del work, batch, job  # or the bank would stay in memory while this thread waits
 
     def close(self) -> None:
         """Stop the threads once they have done what they were given; close the files."""
