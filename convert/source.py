@@ -143,7 +143,8 @@ def block_size(config: dict) -> tuple[int, int]:
             f"config.json has `quant_method` `{method}`; `fp8` (e4m3 in blocks) or none converts",
             "look on the hub for the FP8 or BF16 form of this checkpoint",
         )
-    if not isinstance(block, list) or len(block) != 2 or min(block) < 1:
+    are_sizes = isinstance(block, list) and all(type(n) is int and n > 0 for n in block)
+    if not are_sizes or len(block) != 2:
         raise UserError(
             f"config.json has `weight_block_size` `{block}`; two sizes are needed",
             "look on the hub for the block FP8 or BF16 form of this checkpoint",

@@ -244,4 +244,10 @@ def read_config(folder: Path) -> dict:
         raise UserError(f"`{folder}` is not a folder", "give a folder that holds config.json")
     if not (folder / "config.json").is_file():
         raise UserError(f"`{folder}` has no config.json", "give the folder of a model")
-    return read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
+    if not isinstance(config.get("quantization_config"), dict | None):
+        raise UserError(
+            f"`quantization_config` in `{folder / 'config.json'}` is not an object",
+            "fetch config.json again",
+        )
+    return config

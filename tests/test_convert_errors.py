@@ -157,6 +157,12 @@ BAD = {
         config(quantization_config=FP8_CONFIG | {"weight_block_size": None}),
         "`weight_block_size`",
     ),
+    "FP8 in blocks of words": (
+        config(quantization_config=FP8_CONFIG | {"weight_block_size": ["128", 128]}),
+        "`weight_block_size`",
+    ),
+    "quantisation that is a number": (config(quantization_config=1.5), "is not an object"),
+    "quantisation that is false": (config(quantization_config=False), "is not an object"),
     "FP8 unannounced": (config(quantization_config=None), "config.json has no `quant"),
     "MLX folder": (config(quantization={"bits": 4}), "already an MLX folder"),
     "no config": (lambda hub: (hub / "config.json").unlink(), "has no config.json"),
