@@ -8,7 +8,7 @@ enough closes the iterator. A turn that fails leaves no message. So that both ho
 own troubles too, it throws them into the iterator: `events.throw(error)`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 
@@ -68,7 +68,7 @@ class Session:
         """Answer one message; after a failure the conversation is as it was before."""
         self.conversation.add_user(text)
         try:
-            yield from self._reply()
+            end = yield from self._reply()
         except GeneratorExit:
             raise
         except BaseException as error:  # a second Ctrl-C too
@@ -76,8 +76,13 @@ class Session:
             if isinstance(error, Exception) and not isinstance(error, UserError):
                 self.renew_state()  # what such an error leaves in the caches is not known
             raise
+        try:
+            yield end
+        except Exception:  # a Ctrl-C that strikes now finds the reply said
+            self.conversation.undo()
+            raise
 
-    def _reply(self) -> Iterator[Event]:
+    def _reply(self) -> Generator[Text, None, End]:
         """Answer the conversation as it stands; its last message grows with what is said."""
         stats, reason, before = None, "interrupted", self._counters()
         ids = self.conversation.prompt_ids()
@@ -96,7 +101,7 @@ class Session:
                 stats, reason = piece.stats, piece.finish_reason or reason
                 yield Text(piece.text)
         layers = {i: count - before[i] for i, count in self._counters().items()}
-        yield End(reason, stats, layers)
+        return End(reason, stats, layers)
 
     def _counters(self) -> dict[int, Counters]:
         """Return a copy of the counters by layer, where some experts stream."""

@@ -53,7 +53,8 @@ class Batch:
         except BaseException as caught:  # for the thread that waits
             error = caught
         with self._lock:
-            self.error = self.error or error
+            if error is not None:  # never written over: the batch may be abandoned meanwhile
+                self.error = error
             self.left -= 1
             if not self.left:
                 self.ended = time.perf_counter()
