@@ -14,8 +14,7 @@ from pathlib import Path
 from convert.disk import sync_folder
 from convert.identity import Identity, changed_shards
 from convert.journal import Journal
-from mlx_dsv3.checkpoint.format import MANIFEST, PARTIAL
-from mlx_dsv3.config import read_json
+from mlx_dsv3.checkpoint.format import MANIFEST, PARTIAL, read_manifest
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.sizes import size
 
@@ -58,7 +57,7 @@ class Destination:
         return False
 
     def _is_ours(self, digest: str, identity: Identity, names: set[str]) -> bool:
-        manifest = read_json(self.folder / MANIFEST)
+        manifest = read_manifest(self.folder)
         recipe = (manifest.get("recipe") or {}).get("name")
         finished = f"`{self.folder}` holds a finished conversion (recipe `{recipe}`) "
         if manifest.get("plan") != digest:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlx_dsv3.checkpoint.format import Quantization
-from mlx_dsv3.config import read_json
 from mlx_dsv3.errors import UserError
+from mlx_dsv3.json_files import read_json
 
 ROLES = (
     "embedding",
@@ -108,7 +108,8 @@ def _named(name: str) -> Recipe:
     if name in RECIPES:
         return RECIPES[name]
     if name.endswith(".json") and Path(name).is_file():
-        return replace(from_dict(read_json(Path(name)), f"`{name}`"), name=Path(name).stem)
+        values = read_json(Path(name), hint='a recipe may be as short as `{"default": 4}`')
+        return replace(from_dict(values, f"`{name}`"), name=Path(name).stem)
     raise UserError(
         f"there is no recipe `{name}`", f"choose one of {', '.join(RECIPES)}, or a JSON file"
     )

@@ -21,9 +21,16 @@ from convert.quantize import Derived
 from convert.source import Source, read_bytes
 from convert.transform import derive, read_unit
 from convert.writer import read_ranges
-from mlx_dsv3.checkpoint.format import INDEX, MANIFEST, PARTIAL, SIDECAR, Quantization, read_index
+from mlx_dsv3.checkpoint.format import (
+    INDEX,
+    MANIFEST,
+    PARTIAL,
+    SIDECAR,
+    Quantization,
+    read_index,
+    read_manifest,
+)
 from mlx_dsv3.checkpoint.headers import TensorInfo, read_header
-from mlx_dsv3.config import read_json
 from mlx_dsv3.errors import UserError
 
 CHUNK_BYTES = 64 << 20
@@ -42,7 +49,7 @@ def open_manifest(folder: Path) -> dict:
         raise UserError(
             f"`{folder}` has no {MANIFEST}", "only folders of `convert run` can be verified"
         )
-    return read_json(folder / MANIFEST)
+    return read_manifest(folder)
 
 
 def check_files(folder: Path, manifest: dict, jobs: int) -> Iterator[str]:

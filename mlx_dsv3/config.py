@@ -6,13 +6,13 @@ and refuses in words what this package would compute wrongly. Standard library o
 knows about arrays or tensors.
 """
 
-import json
 import math
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from mlx_dsv3.errors import UserError
+from mlx_dsv3.json_files import read_json
 
 MODEL_TYPES = ("deepseek_v3", "kimi_k2")
 # Fields that change the arithmetic, or would in a relative that calls itself `deepseek_v3`
@@ -227,22 +227,11 @@ def _read_rope(config: dict) -> dict:
     return {"rope_theta": theta, "rope_scaling": {"type": "yarn"} | typed}
 
 
-def read_json(path: Path) -> dict:
-    """Read a JSON object; raise `UserError` with the file's name when it is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"`{path}` is not JSON: {error}", "fetch the file again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"`{path}` holds a {type(value).__name__}, not an object")
-    return value
-
-
 def read_config(folder: Path) -> dict:
     """Return the config.json of a model folder; raise `UserError` when there is none."""
     if not folder.is_dir():
         raise UserError(f"`{folder}` is not a folder", "give a folder that holds config.json")
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").exists():
         raise UserError(f"`{folder}` has no config.json", "give the folder of a model")
     config = read_json(folder / "config.json")
     if not isinstance(config.get("quantization_config"), dict | None):

@@ -6,8 +6,9 @@ from dataclasses import MISSING, fields
 import pytest
 import tiny
 
-from mlx_dsv3.config import ModelArgs, read_config, read_json
+from mlx_dsv3.config import ModelArgs, read_config
 from mlx_dsv3.errors import UserError
+from mlx_dsv3.json_files import read_json
 from mlx_dsv3.reference import model as reference
 
 YARN = tiny.YARN
@@ -306,7 +307,7 @@ def test_config_file(tmp_path):
     with pytest.raises(UserError, match="config.json` is not JSON"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_bytes(b'{"a": "\xff"}')
-    with pytest.raises(UserError, match="config.json` is not JSON"):
+    with pytest.raises(UserError, match="config.json` is not UTF-8"):
         read_config(tmp_path)
     (tmp_path / "list.json").write_text("[1]")
     with pytest.raises(UserError, match="holds a list, not an object"):

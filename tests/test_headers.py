@@ -70,7 +70,6 @@ DAMAGE = {
     "one offset": {"data_offsets": [24]},
     "three offsets": {"data_offsets": [24, 32, 40]},
     "float offsets": {"data_offsets": [24.0, 32.0]},
-    "NaN offsets": {"data_offsets": [float("nan"), 32]},
     "bool offset": {"shape": [0], "data_offsets": [False, 0]},
     "offsets of words": {"data_offsets": ["24", "32"]},
     "negative offset": {"data_offsets": [-8, 0]},
@@ -105,6 +104,7 @@ def test_an_entry_must_be_an_object(tmp_path, entry):
         "{}{}",
         "",
         "{}".encode("utf-16"),
+        '{"b":{"dtype":"BF16","shape":[4],"data_offsets":[NaN,32]}}',
         "[" * 100_000,
         '{"a":' * 100_000,
         '{"a":{"dtype":"U8","shape":[' + "9" * 5000 + '],"data_offsets":[0,40]}}',
@@ -112,7 +112,8 @@ def test_an_entry_must_be_an_object(tmp_path, entry):
 )
 def test_what_is_not_a_header(tmp_path, header):
     """Pages, lists, nests of 10^5 and numbers of 5,000 digits: no traceback, no overflow."""
-    assert "no safetensors header" in refusal(write(tmp_path / "x.safetensors", header))
+    path = write(tmp_path / "x.safetensors", header)
+    assert refusal(path).startswith(f"the header of `{path}` ")
 
 
 @pytest.mark.parametrize("shape", [[0, 2**31], [0, HUGE], [0, *[1] * 8]])
@@ -122,19 +123,19 @@ def test_sizes_that_mlx_does_not_have(tmp_path, shape):
     assert f"`empty` in `{path}` has a damaged shape" == refusal(path)
 
 
-def test_offsets_of_4300_digits(tmp_path):
-    """The longest numbers that Python reads: from the file's start they have a digit more."""
-    far = 10**4300 - 1
+def test_offsets_of_100_digits(tmp_path):
+    """The longest numbers that are read."""
+    far = 10**100 - 1
     entry = GOOD["empty"] | {"data_offsets": [far, far]}
     path = write(tmp_path / "x.safetensors", GOOD | {"empty": entry})
     assert f"`empty` in `{path}` has damaged offsets" == refusal(path)
 
 
 def test_a_nest_is_not_printed(tmp_path):
-    """What a header calls a dtype may be a page of lists, and as deep as Python can read."""
-    nest = "[" * 900 + "]" * 900
-    text = json.dumps(GOOD).replace('"BF16"', nest)
-    assert refusal(write(tmp_path / "x.safetensors", text)).endswith("unknown dtype `none`")
+    """What a header calls a dtype may be a page of lists, or of letters."""
+    for word in "[" * 20 + "]" * 20, "[" + "[]," * 1000 + "[]]", f'"{"x" * 5000}"':
+        path = write(tmp_path / "x.safetensors", json.dumps(GOOD).replace('"BF16"', word))
+        assert "`b`" in refusal(path) and len(refusal(path)) < 300
 
 
 def test_an_answer_of_a_few_bytes():
@@ -189,5 +190,5 @@ def test_a_damaged_index(tmp_path, weight_map):
 
 def test_a_nested_index(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text('{"a":' * 100_000)
-    with pytest.raises(UserError, match="is not JSON"):
+    with pytest.raises(UserError, match="index.json` has lists or objects within each other"):
         read_index(tmp_path)

@@ -23,6 +23,7 @@ from mlx_dsv3.checkpoint.format import (
     WEIGHTS,
     mtp_prefix,
     read_index,
+    read_manifest,
 )
 from mlx_dsv3.checkpoint.headers import (
     TensorInfo,
@@ -31,7 +32,7 @@ from mlx_dsv3.checkpoint.headers import (
     read_header,
 )
 from mlx_dsv3.checkpoint.hub import HEADER_REQUESTS, Repo, cached_snapshots, is_repo_id
-from mlx_dsv3.config import ModelArgs, read_config, read_json
+from mlx_dsv3.config import ModelArgs, read_config
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.sizes import gigabytes
 
@@ -188,7 +189,7 @@ def is_complete(snapshot: Path, with_mtp: bool) -> bool:
         return False
     needed = {SIDECAR} if with_mtp and MANIFEST in present else set()
     if needed:
-        needed &= set(read_json(snapshot / MANIFEST).get("files", {}))
+        needed &= set(read_manifest(snapshot)["files"])
     if INDEX in present:
         needed |= set(read_index(snapshot))
     else:

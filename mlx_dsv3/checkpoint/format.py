@@ -1,7 +1,8 @@
 """The format of an MLX folder, written down once: names of files and tensors, packing of weights.
 
 The converter writes by it, the runtime and the memory plan read by it. All here are words, small
-calculations on words and shapes, and the one reader of an index; docs/tensors.md draws the whole.
+calculations on words and shapes, and the one reader of an index and of a manifest; docs/tensors.md
+draws the whole.
 
 A *record* is the nine tensors of one expert, adjacent in its file and in this order: gate, up,
 down, of each the weight, the scales, the biases. mlx-lm's own arrangement is *stacked*: one tensor
@@ -10,12 +11,13 @@ for all experts of a layer.
 
 import re
 from collections.abc import Iterator
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
-from mlx_dsv3.checkpoint.headers import AGAIN
-from mlx_dsv3.config import ModelArgs, read_json
+from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.errors import UserError
+from mlx_dsv3.json_files import AGAIN, brief, read_json
 
 FORMAT = 1  # the version that a manifest names
 
@@ -25,6 +27,8 @@ WEIGHTS = "model*.safetensors"
 SIDECAR = "mtp.safetensors"  # the MTP layer, which the index leaves out: mlx-lm would refuse it
 MANIFEST = "conversion.json"  # source, recipe, checksums; only the converter writes one
 PARTIAL = ".partial"  # holds everything until a conversion is complete
+INDEX_BYTES = 32 << 20  # at most; 20 MB at Kimi-K2's number of tensors, packed as records
+LAYOUTS = ("records", "stacked", "mtp")  # of routed experts; `mtp` is a sidecar alone
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PARTS = ("weight", "scales", "biases")
@@ -107,17 +111,69 @@ def module_path(path: str) -> str:
     return f"{prefix}.mlp.switch_mlp.{rest.partition('.')[2]}" if middle else path
 
 
+def is_file_name(name: object) -> bool:
+    """Say whether a name is one of a file in a folder, and leads nowhere else."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not re.search(r"[/\\\0]", name)
+
+
 def read_index(folder: Path) -> dict[str, list[str]]:
     """Return shard -> names of its tensors, in order, from the index file of `folder`."""
-    weight_map = read_json(folder / INDEX).get("weight_map")
+    weight_map = read_json(folder / INDEX, INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"`{folder / INDEX}` has no `weight_map`", AGAIN)
     shards = {}
     for tensor, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
+        if not is_file_name(shard):
             raise UserError(
-                f"`{folder / INDEX}` puts `{tensor}` into `{shard}`, which is not a file name",
+                f"`{folder / INDEX}` puts `{brief(tensor)}` into `{brief(shard)}`, which is not a "
+                "file name",
                 AGAIN,
             )
         shards.setdefault(shard, []).append(tensor)
     return dict(sorted(shards.items()))
+
+
+def read_manifest(folder: Path) -> dict:
+    """Return conversion.json of a finished folder; raise `UserError` unless it is ours.
+
+    Every field that a program reads is there and of its type; the recipe's roles are for whoever
+    derives anything from them. Of `source`, keys that earlier versions did not write may lack.
+    """
+    manifest = read_json(folder / MANIFEST)
+
+    def need(is_good: bool, name: str, value: object) -> None:
+        if not is_good:
+            raise UserError(
+                f"`{folder / MANIFEST}` has `{brief(name)}` = `{brief(value)}`, which "
+                "`python -m convert` does not write",
+                "convert the checkpoint again into an empty folder",
+            )
+
+    need(manifest.get("format") == FORMAT, "format", manifest.get("format"))
+    need(manifest.get("layout") in LAYOUTS, "layout", manifest.get("layout"))
+    for name in ("plan", "device", "digest"):
+        need(isinstance(manifest.get(name), str), name, manifest.get(name))
+    for name in ("source", "recipe", "roles", "files"):
+        need(isinstance(manifest.get(name), dict), name, manifest.get(name))
+    need(isinstance(manifest["recipe"].get("name"), str), "recipe", manifest["recipe"])
+    for name, value in manifest["source"].items():
+        kinds = int if name in ("tensors", "bytes") else str | None
+        need(isinstance(value, kinds), f"source.{name}", value)
+    for name, entry in manifest["files"].items():
+        need(is_file_name(name) and _is_file_entry(entry), f"files.{name}", entry)
+    for name, row in manifest["roles"].items():
+        need(_is_role(row), f"roles.{name}", row)
+    return manifest
+
+
+def _is_file_entry(entry: object) -> bool:
+    fields = entry if isinstance(entry, dict) else {}
+    return type(fields.get("bytes")) is int and isinstance(fields.get("sha256"), str)
+
+
+def _is_role(row: object) -> bool:
+    if not isinstance(row, dict) or not isinstance(worst := row.get("worst", {}), dict):
+        return False
+    numbers = [row.get("bytes"), row.get("bits_per_weight")]
+    numbers += [part.get("relative_rms_error", 0) for part in (row, worst)]
+    return all(isinstance(n, Real) for n in numbers) and isinstance(worst.get("tensor", ""), str)

@@ -6,14 +6,13 @@ or a header that lies is found before a wrong byte is computed with. Standard li
 converter, the memory plan and the expert store all work from these.
 """
 
-import json
 import math
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from mlx_dsv3.errors import UserError
+from mlx_dsv3.json_files import AGAIN, brief, parse_json
 
 DTYPE_BYTES = {
     "F8_E4M3": 1,
@@ -33,10 +32,9 @@ DTYPE_BYTES = {
     "I64": 8,
     "U64": 8,
 }
-MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = 16 << 20  # of one file; 0.5 MB for a layer of Kimi-K2, packed as records
 MAX_DIMENSIONS, MAX_DIMENSION = 8, 2**31 - 1  # MLX's sizes are int32; no tensor has more than 4
 MAX_OFFSET = 2**63 - 1  # of files; and Python refuses to print numbers of 4,301 digits
-AGAIN = "fetch the file again; a download that stopped half-way looks like this"
 
 
 class TensorInfo(NamedTuple):
@@ -70,7 +68,7 @@ def parse_header(path: Path, raw: bytes, file_bytes: int) -> dict[str, TensorInf
     place = 8 + len(raw)
     tensors = {
         name: _entry(path, name, place, entry)
-        for name, entry in _entries(path, raw).items()
+        for name, entry in parse_json(raw, f"the header of `{path}`").items()
         if name != "__metadata__"
     }
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
@@ -87,30 +85,12 @@ def parse_header(path: Path, raw: bytes, file_bytes: int) -> dict[str, TensorInf
     return tensors
 
 
-def _entries(path: Path, raw: bytes) -> dict:
-    def once(pairs: list[tuple]) -> dict:
-        entries = dict(pairs)
-        if len(entries) < len(pairs):
-            [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
-            raise UserError(f"the header of `{path}` names `{twice}` twice", AGAIN)
-        return entries
-
-    try:
-        entries = json.loads(raw.decode(), object_pairs_hook=once)
-    except (ValueError, RecursionError):
-        entries = None
-    if not isinstance(entries, dict):
-        raise UserError(f"`{path}` has no safetensors header", AGAIN)
-    return entries
-
-
 def _entry(path: Path, name: str, data_start: int, entry) -> TensorInfo:
     """Return a tensor of a header, after a look at each value and at its size."""
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        word = dtype if isinstance(dtype, str) else "none"  # not a nest of lists, which recurses
-        raise UserError(f"`{name}` in `{path}` has the unknown dtype `{word}`", AGAIN)
+        raise UserError(f"`{name}` in `{path}` has the unknown dtype `{brief(dtype)}`", AGAIN)
     if not _are_sizes(shape, MAX_DIMENSION) or len(shape) > MAX_DIMENSIONS:
         raise UserError(f"`{name}` in `{path}` has a damaged shape", AGAIN)
     if not _are_sizes(offsets, MAX_OFFSET) or len(offsets) != 2:

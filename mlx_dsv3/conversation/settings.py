@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_dsv3.config import read_json
 from mlx_dsv3.errors import UserError
+from mlx_dsv3.json_files import read_json
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,7 @@ with imports(__name__):
     import mlx.core as mx
 
     from mlx_dsv3.checkpoint.folder import Folder, open_model
-    from mlx_dsv3.checkpoint.format import MANIFEST
-    from mlx_dsv3.config import read_json
+    from mlx_dsv3.checkpoint.format import MANIFEST, read_manifest
     from mlx_dsv3.load import Loaded, load_model
     from mlx_dsv3.parity.bounds import RECIPES, Sources, Verdict, recipe_of
     from mlx_dsv3.parity.capacities import compare_capacities
@@ -44,7 +43,7 @@ def check(args: argparse.Namespace, folder: Folder, load: Callable[..., Loaded])
         hint = "record with `--states all`"
         raise UserError("`--teacher-forced` needs the states of every position", hint)
     file = folder.path / MANIFEST
-    conversion = read_json(file) if file.is_file() else None  # converted elsewhere
+    conversion = read_manifest(folder.path) if file.is_file() else None  # converted elsewhere
     recipe = args.bounds or recipe_of(conversion, folder.config)
     if args.plot:
         check_plot(args.plot)

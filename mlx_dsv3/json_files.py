@@ -1,0 +1,100 @@
+"""JSON from outside, read once and strictly: what comes out may be looked at, printed, written.
+
+Checked are what every file has in common: its size, its nesting, the length of its numbers, no
+`NaN`, no name twice, no half of a character. A text of a megabyte may hold 300,000 empty lists,
+which take 27 megabytes: so values are counted before they are made. What a field may hold is for
+whoever reads it to say. Standard library only.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from pathlib import Path
+
+from mlx_dsv3.errors import UserError
+
+MOST_BYTES = 4 << 20  # of a file for which nothing else is said; V3's config.json has 2 KB
+MOST_VALUES = 500_000  # an index of Kimi-K2 has 207,000; a name and a number take 261 bytes
+MOST_LEVELS = 32
+MOST_DIGITS = 100  # `model_max_length` of many tokenizers has 31
+AGAIN = "fetch the file again; a download that stopped half-way looks like this"
+HALF_CHARACTERS = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def read_json(path: Path, most_bytes: int = MOST_BYTES, hint: str = AGAIN) -> dict:
+    """Read a file that holds a JSON object; raise `UserError` with its name where it holds none."""
+    if not path.is_file():  # a pipe would wait for ever
+        raise UserError(f"`{path}` is not a file", hint)
+    with open(path, "rb") as file:
+        raw = file.read(most_bytes + 1)
+    if len(raw) > most_bytes:
+        raise UserError(
+            f"`{path}` has more than {most_bytes:,} bytes, the most that are read", hint
+        )
+    return parse_json(raw, f"`{path}`", hint)
+
+
+def parse_json(raw: bytes, name: str, hint: str = AGAIN) -> dict:
+    """Return the object of a JSON text in UTF-8; `name` is what messages call it."""
+
+    def refuse(why: str):
+        raise UserError(f"{name} {why}", hint)
+
+    def once(pairs: list[tuple]) -> dict:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
+            refuse(f"names `{brief(twice)}` twice")
+        return found
+
+    def whole(digits: str) -> int:
+        return int(digits) if len(digits) <= MOST_DIGITS else refuse(LONG.format(len(digits)))
+
+    def number(text: str) -> float:
+        value = float(text)
+        return value if math.isfinite(value) else refuse(f"holds the number `{brief(text)}`")
+
+    try:
+        text = raw.decode()
+        if sum(text.count(c) for c in "[{,") > MOST_VALUES:
+            refuse(f"holds more than {MOST_VALUES:,} values")
+        value = json.loads(
+            text,
+            object_pairs_hook=once,
+            parse_int=whole,
+            parse_float=number,
+            parse_constant=lambda word: refuse(f"holds `{word}`, which is not JSON"),
+        )
+        if HALF_CHARACTERS.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        refuse(DEEP)
+    except UnicodeError as error:
+        refuse(f"is not UTF-8: {error.reason}")
+    except ValueError as error:
+        refuse(f"is not JSON: {error}")
+    if not isinstance(value, dict):
+        refuse(f"holds a {type(value).__name__}, not an object")
+    if not _is_flat(value):
+        refuse(DEEP)
+    return value
+
+
+LONG = "holds a number of {:,} digits"
+DEEP = f"has lists or objects within each other, more than {MOST_LEVELS} deep"
+
+
+def _is_flat(value: dict) -> bool:
+    """Say whether nothing lies too deep for functions that recurse, as those that print do."""
+    level = [value]
+    for _ in range(MOST_LEVELS):
+        parts = (part.values() if isinstance(part, dict) else part for part in level)
+        level = [inner for part in parts for inner in part if isinstance(inner, dict | list)]
+    return not level
+
+
+def brief(value: object) -> str:
+    """Return a value as a message shows it: a page of text would hide the sentence."""
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
