@@ -6,33 +6,19 @@ Options and `main` alone: what is typed and shown is in `mlx_dsv3/terminal`, the
 
 import argparse
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from mlx_dsv3.conversation.settings import SETTINGS, make_sampler
-from mlx_dsv3.decoding.draft_control import fixed_drafts
-from mlx_dsv3.errors import Parser, UserError, run_main
-from mlx_dsv3.terminal.trace import Trace, check_writable
+from mlx_dsv3.errors import UserError, imports, nothing_to_keep, run_program
+
+with imports(__name__):
+    from mlx_dsv3.conversation.settings import make_sampler
+    from mlx_dsv3.decoding.draft_control import fixed_drafts
+    from mlx_dsv3.options import Parser, number, one_of
+    from mlx_dsv3.terminal.trace import Trace, check_writable
 
 DEMO = Path("build/demo-q4")
-
-
-def number(name: str) -> Callable[[str], float]:
-    """Return the parser of a numeric option."""
-    return lambda text: SETTINGS[name].parse(text, f"`--{name.replace('_', '-')}`")
-
-
-def one_of(flag: str, *values: str) -> Callable[[str], str]:
-    """Return the parser of an option with few values."""
-
-    def parse(text: str) -> str:
-        if text not in values:
-            raise UserError(f"`{flag}` is `{text}`", f"choose {', '.join(values)}")
-        return text
-
-    return parse
 
 
 def drafts(text: str) -> str:
@@ -159,8 +145,9 @@ def main(argv: list[str] | None = None) -> None:
         show_plan(options)
         return
     question = read_question(options.prompt)
-    chat = open_chat(options)
-    from mlx_dsv3.terminal.repl import repl
+    with nothing_to_keep():
+        chat = open_chat(options)
+        from mlx_dsv3.terminal.repl import repl
 
     store = chat.session.loaded.store
     with ExitStack() as leaving:
@@ -174,4 +161,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    run_program(main)

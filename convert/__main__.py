@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from mlx_dsv3.errors import Parser, UserError, imports, run_main
+from mlx_dsv3.errors import UserError, imports, run_program
 
 with imports(__name__):
     from convert import recipe as recipes
@@ -24,6 +24,7 @@ with imports(__name__):
     from convert.sidecar import plan_sidecar, write_config
     from convert.source import Source, open_folder
     from mlx_dsv3.checkpoint.hub import Repo, is_repo_id
+    from mlx_dsv3.options import Parser
     from mlx_dsv3.sizes import size
 
 DEFAULT_JOBS = 2  # each holds about 0.3 GB at V3's shapes; two keep a disk and two cores busy
@@ -198,4 +199,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    run_program(main)

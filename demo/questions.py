@@ -8,11 +8,10 @@ Answers are greedy; an answer is right when it holds one of the expected words. 
 import argparse
 import json
 import re
-import sys
 from pathlib import Path
 
 from mlx_dsv3.conversation.messages import Conversation
-from mlx_dsv3.errors import run_main
+from mlx_dsv3.errors import run_program
 from mlx_dsv3.generate import stream
 from mlx_dsv3.load import Loaded, load
 from mlx_dsv3.terminal.trace import Trace
@@ -56,4 +55,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    run_program(main)

@@ -1,13 +1,14 @@
-"""The installed programs: each is imported within `run_main`, which tells what is not installed."""
+"""The installed programs: as `python -m` would run their modules."""
 
-import sys
 from importlib import import_module
 
-from mlx_dsv3.errors import run_main
+from mlx_dsv3.errors import imports, run_program
 
 
 def run(module: str) -> None:
-    sys.exit(run_main(lambda: import_module(module).main()))
+    with imports("__main__"):
+        main = import_module(module).main
+    run_program(main)
 
 
 def chat() -> None:

@@ -70,8 +70,9 @@ def seconds_left(config) -> float:
 
 
 @pytest.fixture(autouse=True)
-def fixed_seeds():
-    """Give every test the same random state, whatever ran before it."""
+def same_start():
+    """Give every test the same random state, whatever ran before it, and a Ctrl-C that raises."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.manual_seed(0)
 
 

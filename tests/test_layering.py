@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # The rooms of mlx_dsv3, and the files beside them. Each may import those of earlier rows.
 ROWS = [
     {"errors", "sizes"},
-    {"json_files"},
+    {"options", "json_files"},
     {"config", "device"},
     {"checkpoint"},
     {"model"},
@@ -24,10 +24,9 @@ ROWS = [
     {"terminal"},
     {"programs"},
 ]
-ALONE = {
-    "reference": {"errors", "json_files"}
-}  # shares no code with the others: the second opinion
-NO_TENSORS = {"errors", "sizes", "json_files", "config", "checkpoint", "conversation"}
+# The second opinion shares no code with the others.
+ALONE = {"reference": {"errors", "options", "json_files"}}
+NO_TENSORS = {"errors", "sizes", "options", "json_files", "config", "checkpoint", "conversation"}
 REFERENCE_MAY = {"torch", "safetensors", "tokenizers", "huggingface_hub", "triton"}
 CONVERT_MAY = {"mlx", "numpy", "rich", "huggingface_hub"}
 
@@ -119,7 +118,7 @@ def test_a_room_says_how_to_read_it(room):
 )
 def test_convert_knows_no_model(path):
     """Converting 671B must not need the model, mlx-lm or torch."""
-    assert own_modules(path) <= {"errors", "sizes", "json_files", "config", "checkpoint"}
+    assert own_modules(path) <= {"errors", "sizes", "options", "json_files", "config", "checkpoint"}
     assert third_party(path) <= CONVERT_MAY
 
 

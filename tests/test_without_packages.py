@@ -82,11 +82,12 @@ def test_the_reference_needs_no_mlx(tmp_path, checkpoint):
 def test_a_program_names_the_package_it_lacks(module, missing):
     """`import torch` stands above `main`, so its absence was a traceback."""
     done = run_without((missing,), as_program(module))
-    extra = EXTRAS[missing]
+    extra, is_wheel = EXTRAS[missing], missing == "mlx" and sys.platform == "linux"
+    package = "'mlx[cpu]'" if is_wheel else missing
     assert done.returncode == 2
     assert done.stderr == (
         f"error: this program needs the package `{missing}`, which is not installed\n\n"
-        f"hint: `pip install 'mlx-dsv3[{extra}]'`, or in a checkout `pip install '.[{extra}]'`\n"
+        f"hint: `pip install {package}`, or in a checkout `pip install '.[{extra}]'`\n"
     )
 
 
@@ -116,7 +117,7 @@ def test_mlx_without_a_backend():
     """`pip install .` on Linux, without the extra `cpu`: MLX's wheel says `libmlx.so`."""
     error = ImportError("libmlx.so: cannot open shared object file", name="core")
     assert "a backend of `mlx`" in missing_package(error).message
-    assert "mlx-dsv3[cpu]" in missing_package(error).hint
+    assert "'mlx[cpu]'" in missing_package(error).hint
 
 
 @pytest.mark.parametrize(

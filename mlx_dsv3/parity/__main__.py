@@ -16,7 +16,7 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
-from mlx_dsv3.errors import Parser, UserError, imports, run_main
+from mlx_dsv3.errors import UserError, imports, run_program
 
 with imports(__name__):
     import mlx.core as mx
@@ -24,6 +24,7 @@ with imports(__name__):
     from mlx_dsv3.checkpoint.folder import Folder, open_model
     from mlx_dsv3.checkpoint.format import MANIFEST, read_manifest
     from mlx_dsv3.load import Loaded, load_model
+    from mlx_dsv3.options import Parser, whole
     from mlx_dsv3.parity.bounds import RECIPES, Sources, Verdict, recipe_of
     from mlx_dsv3.parity.capacities import compare_capacities
     from mlx_dsv3.parity.golden import Golden, dtype_name, read_golden
@@ -111,17 +112,6 @@ def capacities(args: argparse.Namespace, folder: Folder, load: Callable[..., Loa
 COMMANDS = {"perplexity": perplexity, "capacities": capacities}
 
 
-def whole(flag: str, least: int) -> Callable[[str], int]:
-    """Return the parser of a whole number from `least` up."""
-
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise UserError(f"`{flag}` is `{text}`", f"it takes a whole number from {least}")
-        return int(text)
-
-    return parse
-
-
 def add_memory(parser: argparse.ArgumentParser) -> None:
     where = ("auto", "resident", "streamed")
     parser.add_argument("--experts", choices=where, default="auto", help="in memory, or from disk")
@@ -181,4 +171,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    run_program(main)

@@ -14,12 +14,13 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_dsv3.errors import Parser, UserError, imports, run_main
+from mlx_dsv3.errors import UserError, imports, run_program
 
 with imports(__name__):
     import torch
     from torch import Tensor
 
+    from mlx_dsv3.options import Parser
     from mlx_dsv3.reference import parallel, source, weights
     from mlx_dsv3.reference.model import Model
     from mlx_dsv3.reference.weights import HubTensors
@@ -185,4 +186,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    run_program(main)

@@ -17,12 +17,13 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from mlx_dsv3.errors import Parser, UserError, imports, run_main
+from mlx_dsv3.errors import UserError, imports, run_program
 
 with imports(__name__):
     import torch
     from torch import Tensor
 
+    from mlx_dsv3.options import Parser
     from mlx_dsv3.reference import golden, source
     from mlx_dsv3.reference.stream import Stream
     from mlx_dsv3.reference.weights import HubTensors
@@ -250,4 +251,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    run_program(main)
