@@ -96,7 +96,6 @@ def sampler_of(folder: Path, *arguments: str, **config) -> Sampler:
     ("key", "value"),
     [
         ("temperature", -0.5),
-        ("temperature", float("nan")),
         ("temperature", "0.6"),
         ("temperature", True),
         ("top_p", 1.5),
