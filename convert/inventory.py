@@ -14,6 +14,7 @@ from convert.source import Source
 from mlx_dsv3.checkpoint.format import (
     PROJECTIONS,
     SCALE_SUFFIX,
+    check_depth,
     layer_prefix,
     mtp_prefix,
     record_prefix,
@@ -24,6 +25,7 @@ from mlx_dsv3.errors import UserError
 SCALE_DTYPES = ("F32", "BF16", "F8_E8M0")
 WEIGHT_DTYPES = ("F8_E4M3", "BF16", "F32")
 NEVER_QUANTIZED = ("norm", "router", "bias")
+MOST_MISSING = 1000  # that are counted
 INCOMPLETE = "the download looks incomplete; compare the folder with the file list on the hub"
 
 
@@ -145,6 +147,8 @@ def check_tensors(source: Source, only_mtp: bool = False) -> None:
     args, prefix = source.args, mtp_prefix(source.args) if only_mtp else ""
     left = {name for name in source.tensors if name.startswith(prefix)}
     left = {name for name in left if not name.endswith("rotary_emb.inv_freq")}
+    if not only_mtp:
+        check_depth(args, left)
     expected = [] if only_mtp else [main_tensors(args)]
     if holds_mtp(source):
         expected += [mtp_tensors(args), layer_experts(args, args.num_hidden_layers)]
@@ -155,12 +159,15 @@ def check_tensors(source: Source, only_mtp: bool = False) -> None:
     for tensor in chain(*expected):
         if tensor.name in left:
             left -= _check_tensor(source, tensor)
-        else:
+        elif len(missing) < MOST_MISSING:
             missing.append(tensor.name)
+        else:  # config.json may promise millions
+            break
     if missing:
+        or_more = " or more" if len(missing) == MOST_MISSING else ""
         raise UserError(
             f"`{missing[0]}` is in none of {len(source.shard_bytes)} shards"
-            + (f" ({len(missing):,} tensors are missing)" if len(missing) > 1 else ""),
+            + (f" ({len(missing):,}{or_more} tensors are missing)" if len(missing) > 1 else ""),
             INCOMPLETE,
         )
     for name in sorted(left):

@@ -7,12 +7,11 @@ knows about arrays or tensors.
 """
 
 import math
-import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.json_files import read_json
+from mlx_dsv3.json_files import brief, read_json
 
 MODEL_TYPES = ("deepseek_v3", "kimi_k2")
 # Fields that change the arithmetic, or would in a relative that calls itself `deepseek_v3`
@@ -34,6 +33,40 @@ ASSUMED = {
     "index_head_dim": None,
     "gated_attention": False,
     "farskip": False,
+}
+# Least and most of every number: far beyond any model, and small enough to compute with. What
+# config.json says is compared with the tensors before anything is made (`format.check_depth`).
+RANGES = {
+    "vocab_size": (1, 2**24),
+    "hidden_size": (1, 2**20),
+    "intermediate_size": (1, 2**24),
+    "moe_intermediate_size": (1, 2**20),
+    "num_hidden_layers": (1, 1024),
+    "num_attention_heads": (1, 4096),
+    "kv_lora_rank": (1, 2**20),
+    "qk_nope_head_dim": (1, 4096),
+    "qk_rope_head_dim": (2, 4096),
+    "v_head_dim": (1, 4096),
+    "n_routed_experts": (1, 4096),
+    "num_experts_per_tok": (1, 4096),
+    "q_lora_rank": (1, 2**20),
+    "n_shared_experts": (0, 64),
+    "n_group": (1, 4096),
+    "topk_group": (1, 4096),
+    "first_k_dense_replace": (0, 2**20),
+    "moe_layer_freq": (1, 2**20),
+    "routed_scaling_factor": (1e-6, 10**6),
+    "num_nextn_predict_layers": (0, 1),
+    "rms_norm_eps": (1e-20, 1),
+    "rope_theta": (1.001, 10**12),  # its logarithm divides
+    "max_position_embeddings": (1, 2**31 - 1),
+    "factor": (1, 10**6),
+    "original_max_position_embeddings": (1, 2**31 - 1),
+    "beta_fast": (1e-3, 10**6),
+    "beta_slow": (1e-3, 10**6),
+    "mscale": (0, 1000),
+    "mscale_all_dim": (0, 1000),
+    "attention_factor": (1e-3, 1000),
 }
 YARN = {
     "factor": float,
@@ -93,7 +126,7 @@ class ModelArgs:
         """
         if config.get("model_type") not in MODEL_TYPES:
             raise UserError(
-                f"config.json has model_type `{config.get('model_type')}`; "
+                f"config.json has model_type `{brief(config.get('model_type'))}`; "
                 "mlx_dsv3 runs `deepseek_v3` and `kimi_k2`",
                 "`mlx_lm.chat --model FOLDER` runs other model types",
             )
@@ -117,6 +150,8 @@ class ModelArgs:
             }
         )
         args.check()
+        for name in ("bos_token_id", "eos_token_id"):
+            _check_ids(name, config.get(name), args.vocab_size)
         return args
 
     def fill(self, config: dict) -> dict:
@@ -158,15 +193,15 @@ class ModelArgs:
             _refuse("num_experts_per_tok", self.num_experts_per_tok, f"groups keep {selectable}")
         if self.n_group > 1 and self.n_routed_experts // self.n_group < 2:
             _refuse("n_group", self.n_group, "a group needs two experts for its score")
-        if self.num_nextn_predict_layers > 1:
-            _refuse("num_nextn_predict_layers", self.num_nextn_predict_layers, "one is implemented")
+        if self.qk_rope_head_dim % 2:
+            _refuse("qk_rope_head_dim", self.qk_rope_head_dim, "rope turns pairs")
 
 
 _HUB_CONFIG_HINT = "copy config.json from the model's page on the hub"
 
 
 def _refuse(name: str, value, why: str) -> None:
-    raise UserError(f"config.json has `{name}` = `{value}`; {why}", _HUB_CONFIG_HINT)
+    raise UserError(f"config.json has `{name}` = `{brief(value)}`; {why}", _HUB_CONFIG_HINT)
 
 
 def _check_assumed(name: str, value, assumed) -> None:
@@ -175,21 +210,29 @@ def _check_assumed(name: str, value, assumed) -> None:
         _refuse(name, value, f"{only} implemented")
 
 
+def _check_ids(name: str, value, size: int) -> None:
+    """Refuse what is no token and no list of tokens: MLX would read foreign memory for it."""
+    for token in value if isinstance(value, list) else [value]:
+        if token is not None and not (type(token) is int and 0 <= token < size):
+            _refuse(name, value, "a token of the vocabulary is needed")
+
+
 def _typed(name: str, wanted: type, value):
     """Return a value as its field needs it; refuse what would fail far from here, or count as true.
 
-    An integer is a float too; a float is not an integer, and neither is a bool.
+    An integer is a float too; a float is not an integer, not even 4.0, and neither is a bool.
     """
-    is_int = isinstance(value, int) and not isinstance(value, bool)
-    if wanted is int and not is_int or wanted == int | None and not (is_int or value is None):
-        _refuse(name, value, "an integer is needed")
-    if wanted is bool and not isinstance(value, bool):
-        _refuse(name, value, "true or false is needed")
-    if wanted is not float:
+    if wanted in (str, dict | None) or (value is None and wanted == int | None):
         return value
-    if not (is_int or isinstance(value, float)) or not abs(value) <= sys.float_info.max:
-        _refuse(name, value, "a number is needed")
-    return float(value)
+    if wanted is bool:
+        return value if type(value) is bool else _refuse(name, value, "true or false is needed")
+    is_number = type(value) is int or (type(value) is float and wanted is float)
+    if not is_number or value != value:  # NaN
+        _refuse(name, value, f"{'a number' if wanted is float else 'an integer'} is needed")
+    least, most = RANGES[name.rpartition(".")[2]]
+    if not least <= value <= most:
+        _refuse(name, value, f"it takes {least:,} to {most:,}")
+    return float(value) if wanted is float else value
 
 
 def _read_rope(config: dict) -> dict:
@@ -198,8 +241,8 @@ def _read_rope(config: dict) -> dict:
     `rope_scaling` goes before `rope_parameters`, and a `rope_theta` within before one outside, as
     in transformers.
     """
-    where = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    given = config.get(where) or {}
+    where = "rope_scaling" if config.get("rope_scaling") not in (None, {}) else "rope_parameters"
+    given = {} if config.get(where) is None else config[where]
     if not isinstance(given, dict):
         _refuse(where, given, "an object is needed")
     kind = given.get("rope_type") or given.get("type")
@@ -234,9 +277,27 @@ def read_config(folder: Path) -> dict:
     if not (folder / "config.json").exists():
         raise UserError(f"`{folder}` has no config.json", "give the folder of a model")
     config = read_json(folder / "config.json")
-    if not isinstance(config.get("quantization_config"), dict | None):
-        raise UserError(
-            f"`quantization_config` in `{folder / 'config.json'}` is not an object",
-            "fetch config.json again",
-        )
+    for name in ("quantization", "quantization_config"):
+        if not isinstance(config.get(name), dict | None):
+            _refuse(name, config[name], "an object is needed")
+    _check_quantization(config.get("quantization"), "quantization")
+    if not isinstance(config.get("tokenizer_class"), str | None):
+        _refuse("tokenizer_class", config["tokenizer_class"], "a name is needed")
     return config
+
+
+def _check_quantization(entry: dict | None, where: str) -> None:
+    """Refuse an MLX folder's `quantization`, or that of a module in it, of another shape.
+
+    The weights' own shapes decide how they are read; other programs go by these values.
+    """
+    if entry is None:
+        return
+    for name in ("bits", "group_size"):
+        if type(entry.get(name)) is not int or not 1 <= entry[name] <= 1024:
+            _refuse(f"{where}.{name}", entry.get(name), "it takes 1 to 1,024")
+    if not isinstance(entry.get("mode", "affine"), str):
+        _refuse(f"{where}.mode", entry["mode"], "a name is needed")
+    for name, value in entry.items():
+        if isinstance(value, dict):
+            _check_quantization(value, f"{where}.{name}")

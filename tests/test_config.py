@@ -17,7 +17,7 @@ NEW_ROPE = {key: value for key, value in YARN.items() if key != "type"} | {
     "rope_theta": 50000.0,
 }
 
-
+Q4 = {"bits": 4, "group_size": 64}
 REQUIRED = [field.name for field in fields(ModelArgs) if field.default is MISSING]
 
 
@@ -253,12 +253,62 @@ REFUSED = {
     "bool scale": ({"routed_scaling_factor": True}, "`routed_scaling_factor` = `True`; a number"),
     "null scale": ({"routed_scaling_factor": None}, "`routed_scaling_factor` = `None`; a number"),
     "no number": ({"rms_norm_eps": float("nan")}, "`rms_norm_eps` = `nan`; a number is needed"),
-    "huge": ({"rope_theta": 10**400}, "a number is needed"),
+    "huge": ({"rope_theta": 10**99}, "...`; it takes 1.001 to 1,000,000,000,000"),
+    "infinite": ({"rope_theta": float("inf")}, "`rope_theta` = `inf`; it takes 1.001 to"),
+    "scalar rope": (
+        {"rope_scaling": None, "rope_parameters": 0},
+        "`rope_parameters` = `0`; an object is needed",
+    ),
+    "list of ropes": ({"rope_scaling": []}, "`rope_scaling` = `[]`; an object is needed"),
+    "half a pair": ({"qk_rope_head_dim": 3}, "`qk_rope_head_dim` = `3`; rope turns pairs"),
+    "token beyond": ({"bos_token_id": 10**6}, "`bos_token_id` = `1000000`; a token"),
+    "token that is a list": ({"eos_token_id": [[1]]}, "`eos_token_id` = `[[1]]`; a token"),
+    "a page for a value": ({"hidden_act": "x" * 9999}, "x...`; `silu` is the only value"),
     "word for a bool": ({"norm_topk_prob": "false"}, "`norm_topk_prob` = `false`; true or false"),
     "linear rope": ({"rope_scaling": {"type": "linear", "factor": 2}}, "`linear`"),
     "yarn without factor": ({"rope_scaling": without(YARN, "factor")}, "`rope_scaling.factor`"),
     "no rank": ({"kv_lora_rank": None}, "lacks `kv_lora_rank`"),
 }
+
+
+OUT_OF_RANGE = {
+    **dict.fromkeys(["num_hidden_layers", "n_routed_experts"], (0, -1, 3_000_000, 10**12)),
+    **dict.fromkeys(["vocab_size", "hidden_size", "moe_intermediate_size"], (0, -1, 10**12)),
+    **dict.fromkeys(["num_attention_heads", "kv_lora_rank", "q_lora_rank"], (0, -1, 10**12)),
+    **dict.fromkeys(["qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"], (0, -1, 10**12)),
+    **dict.fromkeys(["n_group", "moe_layer_freq", "num_experts_per_tok"], (0, -1, 10**12)),
+    **dict.fromkeys(["first_k_dense_replace", "num_nextn_predict_layers"], (-1, 10**12)),
+    **dict.fromkeys(["n_shared_experts", "max_position_embeddings"], (-1, 10**12)),
+    **dict.fromkeys(["routed_scaling_factor", "rms_norm_eps"], (0, -1.0, float("inf"), 1e30)),
+    **dict.fromkeys(["rope_theta"], (0, 1, -1.0, float("inf"), 1e30)),
+}
+YARN_OUT_OF_RANGE = {
+    "factor": (0, 0.5, 1e30),
+    "original_max_position_embeddings": (0, 10**12),
+    "beta_fast": (0, -1, 1e-300, float("inf")),
+    "beta_slow": (0, -1, 1e-300, float("inf")),
+    "mscale": (-1, 1e30),
+    "mscale_all_dim": (-1, 1e30),
+    "attention_factor": (0, -1, 1e30),
+}
+
+
+@pytest.mark.parametrize("field", OUT_OF_RANGE)
+def test_numbers_out_of_range(field):
+    """Zeros divided, and millions of layers took all memory of the machine."""
+    for value in OUT_OF_RANGE[field]:
+        with pytest.raises(UserError) as error:
+            ModelArgs.from_dict(tiny.A | {field: value})
+        assert error.value.message.startswith(f"config.json has `{field}` = `{value}`; it takes ")
+
+
+@pytest.mark.parametrize("key", YARN_OUT_OF_RANGE)
+def test_numbers_of_yarn_out_of_range(key):
+    for value in YARN_OUT_OF_RANGE[key]:
+        with pytest.raises(UserError) as error:
+            ModelArgs.from_dict(tiny.A | {"rope_scaling": YARN | {key: value}})
+        name = f"`rope_scaling.{key}` = `{value}`; it takes "
+        assert error.value.message.startswith(f"config.json has {name}")
 
 
 ARITHMETIC = ("softmax gate", "greedy gate", "activation", "attention bias", "tied head")
@@ -317,6 +367,36 @@ def test_config_file(tmp_path):
         read_config(tmp_path)
     with pytest.raises(UserError, match="is not a folder"):
         read_config(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"quantization_config": 1}, "`quantization_config` = `1`; an object is needed"),
+        ({"quantization": "q4"}, "`quantization` = `q4`; an object is needed"),
+        ({"quantization": {}}, "`quantization.bits` = `None`; it takes 1 to 1,024"),
+        ({"quantization": {"bits": 4.0, "group_size": 64}}, "`quantization.bits` = `4.0`"),
+        ({"quantization": {"bits": 4, "group_size": 0}}, "`quantization.group_size` = `0`"),
+        ({"quantization": Q4 | {"mode": ["affine"]}}, "`quantization.mode` = `['affine']`"),
+        ({"quantization": Q4 | {"a.b": {"bits": 4}}}, "`quantization.a.b.group_size` = `None`"),
+        ({"tokenizer_class": ["x"]}, "`tokenizer_class` = `['x']`; a name is needed"),
+    ],
+)
+def test_other_shapes_in_a_config_file(tmp_path, change, words):
+    """`quantization_config: 1` was a traceback, and every program reads the block somewhere."""
+    (tmp_path / "config.json").write_text(json.dumps(tiny.A | {"quantization": None}))
+    assert read_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(tiny.A | change))
+    with pytest.raises(UserError) as error:
+        read_config(tmp_path)
+    assert words in error.value.message and error.value.hint
+
+
+def test_a_quantization_with_modules_passes(tmp_path):
+    """mlx-lm notes false for a module that is not packed."""
+    modules = {"lm_head": Q4 | {"mode": "affine"}, "model.norm": False}
+    (tmp_path / "config.json").write_text(json.dumps(tiny.A | {"quantization": Q4 | modules}))
+    assert read_config(tmp_path)
 
 
 def test_null_groups_and_words_that_are_no_numbers():

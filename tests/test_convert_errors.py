@@ -125,7 +125,7 @@ BAD = {
     "truncated header": (truncate_header, "is truncated or not a safetensors file"),
     "garbled header": (
         garble_header,
-        "model-00001-of-000003.safetensors` has no safetensors header",
+        "model-00001-of-000003.safetensors` is not JSON",
     ),
     "no index": (lambda hub: (hub / INDEX).unlink(), f"has no {INDEX}"),
     "index that is not JSON": (lambda hub: (hub / INDEX).write_text("{"), "is not JSON"),
@@ -161,10 +161,10 @@ BAD = {
         config(quantization_config=FP8_CONFIG | {"weight_block_size": ["128", 128]}),
         "`weight_block_size`",
     ),
-    "quantisation that is a number": (config(quantization_config=1.5), "is not an object"),
-    "quantisation that is false": (config(quantization_config=False), "is not an object"),
+    "quantisation that is a number": (config(quantization_config=1.5), "an object is needed"),
+    "quantisation that is false": (config(quantization_config=False), "`False`; an object"),
     "FP8 unannounced": (config(quantization_config=None), "config.json has no `quant"),
-    "MLX folder": (config(quantization={"bits": 4}), "already an MLX folder"),
+    "MLX folder": (config(quantization={"bits": 4, "group_size": 64}), "already an MLX folder"),
     "no config": (lambda hub: (hub / "config.json").unlink(), "has no config.json"),
     "no folder": (shutil.rmtree, "is not a folder"),
 }

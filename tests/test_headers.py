@@ -113,7 +113,7 @@ def test_an_entry_must_be_an_object(tmp_path, entry):
 def test_what_is_not_a_header(tmp_path, header):
     """Pages, lists, nests of 10^5 and numbers of 5,000 digits: no traceback, no overflow."""
     path = write(tmp_path / "x.safetensors", header)
-    assert refusal(path).startswith(f"the header of `{path}` ")
+    assert refusal(path).startswith(f"the safetensors header of `{path}` ")
 
 
 @pytest.mark.parametrize("shape", [[0, 2**31], [0, HUGE], [0, *[1] * 8]])

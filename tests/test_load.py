@@ -358,7 +358,7 @@ def test_experts_of_integers(folder, word):
 def test_no_safetensors_header(folder):
     """An error page saved under the file's name."""
     (folder / TRUNK).write_bytes(struct.pack("<Q", 16) + b"<html>not found</")
-    assert "no safetensors header" in refusal(folder).message
+    assert "the safetensors header of" in refusal(folder).message
 
 
 def test_tensor_in_two_files(folder):

@@ -21,6 +21,7 @@ from mlx_dsv3.checkpoint.format import (
     SIDECAR,
     SINGLE,
     WEIGHTS,
+    check_depth,
     mtp_prefix,
     read_index,
     read_manifest,
@@ -133,6 +134,7 @@ def describe(path: Path, name: str, present: set[str], header: Callable[[Path], 
             f"`{name}` is a hub checkpoint (its shards hold the MTP layer), not an MLX folder",
             CONVERT_HINT.format(name),
         )
+    check_depth(args, tensors)
     sidecar = header(path / SIDECAR) if SIDECAR in present else {}
     return Folder(path, config, args, tensors, sidecar)
 

@@ -10,7 +10,7 @@ for all experts of a layer.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
@@ -94,6 +94,17 @@ def layer_prefix(layer: int) -> str:
 def mtp_prefix(args: ModelArgs) -> str:
     """Return how the names of the MTP layer begin: it is the layer after the last."""
     return layer_prefix(args.num_hidden_layers)
+
+
+def check_depth(args: ModelArgs, names: Iterable[str]) -> None:
+    """Refuse a number of layers that the tensors do not have, before anything is made of it."""
+    last = layer_prefix(args.num_hidden_layers - 1)
+    if not any(name.startswith(last) for name in names):
+        raise UserError(
+            f"config.json has `num_hidden_layers` = `{args.num_hidden_layers}`; no tensor of "
+            f"layer {args.num_hidden_layers - 1} is there",
+            "the download is incomplete, or config.json is another checkpoint's; fetch both again",
+        )
 
 
 def record_prefix(layer: int) -> str:

@@ -68,7 +68,7 @@ def parse_header(path: Path, raw: bytes, file_bytes: int) -> dict[str, TensorInf
     place = 8 + len(raw)
     tensors = {
         name: _entry(path, name, place, entry)
-        for name, entry in parse_json(raw, f"the header of `{path}`").items()
+        for name, entry in parse_json(raw, f"the safetensors header of `{path}`").items()
         if name != "__metadata__"
     }
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
