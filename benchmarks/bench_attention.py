@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mlx_dsv3.config import ModelArgs
+from mlx_dsv3.errors import run_program
 from mlx_dsv3.model.cache import LatentCache
 from mlx_dsv3.model.mla import MLA
 
@@ -167,4 +168,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

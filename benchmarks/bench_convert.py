@@ -30,6 +30,7 @@ from rich.table import Table
 from convert.inventory import HubTensor, main_tensors
 from mlx_dsv3.checkpoint.headers import DTYPE_BYTES
 from mlx_dsv3.config import ModelArgs
+from mlx_dsv3.errors import run_program
 
 ROOT = Path(__file__).parent.parent
 SHARD_BYTES = 4_300_000_000
@@ -242,4 +243,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

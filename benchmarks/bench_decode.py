@@ -21,6 +21,7 @@ from conditions import print_conditions
 from mlx_lm.utils import load_model as load_in_mlx_lm
 from synthetic import BASE, write_folder
 
+from mlx_dsv3.errors import run_program
 from mlx_dsv3.load import load_model
 
 
@@ -95,4 +96,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

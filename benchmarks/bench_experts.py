@@ -31,6 +31,7 @@ from conditions import print_conditions
 from synthetic import BASE, drop_from_page_cache, write_folder
 
 from mlx_dsv3.checkpoint.folder import open_folder
+from mlx_dsv3.errors import run_program
 from mlx_dsv3.experts.products import HITS_FIRST_AFTER_S, compute_by_id
 from mlx_dsv3.experts.reader import NUM_READERS, Files, Job
 from mlx_dsv3.experts.store import ExpertStore
@@ -356,4 +357,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -14,7 +14,7 @@ import platform
 import statistics
 import time
 
-from mlx_dsv3.errors import imports
+from mlx_dsv3.errors import imports, run_program
 
 with imports(__name__):
     import torch
@@ -108,4 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

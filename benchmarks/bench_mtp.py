@@ -38,6 +38,7 @@ from mlx_dsv3.decoding.draft_stats import DraftStats
 from mlx_dsv3.decoding.sampler import Sampler
 from mlx_dsv3.decoding.state import State
 from mlx_dsv3.decoding.steps import Stepper, decode
+from mlx_dsv3.errors import run_program
 from mlx_dsv3.generate import prefill
 
 MODES = (0, 1, 2, 3, 4, "auto")
@@ -254,4 +255,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

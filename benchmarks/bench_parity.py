@@ -21,6 +21,7 @@ from rich.table import Table
 
 from convert.__main__ import main as convert
 from convert.recipe import RECIPES
+from mlx_dsv3.errors import run_program
 from mlx_dsv3.parity.__main__ import main as parity
 
 ROOT = Path(__file__).parent.parent
@@ -83,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

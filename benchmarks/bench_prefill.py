@@ -31,6 +31,7 @@ from mlx_lm.utils import load_model as load_in_mlx_lm
 from synthetic import BASE, write_folder
 
 from mlx_dsv3.checkpoint.format import Quantization
+from mlx_dsv3.errors import run_program
 from mlx_dsv3.load import load_model
 from mlx_dsv3.model import cpu
 
@@ -180,4 +181,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -20,6 +20,7 @@ import mlx.core as mx
 import numpy as np
 from conditions import print_conditions
 
+from mlx_dsv3.errors import run_program
 from mlx_dsv3.load import load
 from mlx_dsv3.model.moe import MoE
 
@@ -171,4 +172,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -25,7 +25,7 @@ from convert.recipe import RECIPES
 from mlx_dsv3.checkpoint.headers import TensorInfo
 from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.device import BUFFER_CACHE_BYTES, buffer_cache_bytes
-from mlx_dsv3.errors import UserError
+from mlx_dsv3.errors import UserError, run_program
 from mlx_dsv3.memory import USABLE_SHARE, MemoryPlan, make_plan
 
 MEMORIES = (16, 24, 32, 64, 96, 128, 192, 256, 512)  # GB of 2^30 bytes, as they are sold
@@ -129,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

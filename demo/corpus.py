@@ -16,6 +16,7 @@ import zlib
 from pathlib import Path
 
 from demo.facts import Attribute, Domain, load
+from mlx_dsv3.errors import run_program
 
 HERE = Path(__file__).parent
 
@@ -396,4 +397,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

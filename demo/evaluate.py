@@ -12,7 +12,7 @@ import json
 import re
 from pathlib import Path
 
-from mlx_dsv3.errors import imports
+from mlx_dsv3.errors import imports, run_program
 
 with imports(__name__):
     import numpy as np
@@ -163,4 +163,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -17,7 +17,7 @@ import random
 import time
 from pathlib import Path
 
-from mlx_dsv3.errors import imports
+from mlx_dsv3.errors import imports, run_program
 
 with imports(__name__):
     import numpy as np
@@ -296,4 +296,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

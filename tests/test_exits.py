@@ -197,3 +197,23 @@ def test_an_error_without_a_number_is_a_bug():
     with pytest.raises(OSError, match="as if"):
         run_main(lambda: (_ for _ in ()).throw(OSError("as if")))
     assert missing_package(ImportError("cannot import name")) is None
+
+
+def test_ctrl_c_as_python_ends():
+    """Torch's atexit function answered a second Ctrl-C with a traceback."""
+    code = "import atexit, time; atexit.register(lambda: (print(flush=True), time.sleep(60)))"
+    program = f"from mlx_dsv3.errors import run_program; run_program(lambda: exec({code!r}))"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, **pipes) as child:
+        child.stdout.readline()
+        child.send_signal(signal.SIGINT)
+        assert (child.wait(), child.stderr.read()) == (130, b"\n")
+
+
+PROGRAMS = [*ROOT.glob("*.py"), *(ROOT / "demo").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+PROGRAMS += [*(ROOT / "mlx_dsv3").rglob("*.py"), *(ROOT / "convert").glob("*.py")]
+
+
+def test_every_program_ends_in_one_way():
+    ends = {path.read_text().partition('if __name__ == "__main__":')[2].strip() for path in PROGRAMS}
+    assert ends == {"", "run_program(main)"}
