@@ -215,5 +215,6 @@ PROGRAMS += [*(ROOT / "mlx_dsv3").rglob("*.py"), *(ROOT / "convert").glob("*.py"
 
 
 def test_every_program_ends_in_one_way():
-    ends = {path.read_text().partition('if __name__ == "__main__":')[2].strip() for path in PROGRAMS}
+    texts = [path.read_text(encoding="utf-8") for path in PROGRAMS]
+    ends = {text.partition('if __name__ == "__main__":')[2].strip() for text in texts}
     assert ends == {"", "run_program(main)"}
