@@ -7,10 +7,11 @@ Options and `main` alone: what is typed and shown is in `mlx_dsv3/terminal`, the
 import argparse
 import sys
 from contextlib import ExitStack
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from mlx_dsv3.errors import UserError, imports, nothing_to_keep, run_program
+from mlx_dsv3.errors import INTERRUPTED, UserError, imports, nothing_to_keep, run_program
 
 with imports(__name__):
     from mlx_dsv3.conversation.settings import make_sampler
@@ -37,9 +38,11 @@ def make_parser() -> argparse.ArgumentParser:
     reply = "longest reply; else the context's end"
     add("--max-tokens", type=number("max_tokens"), metavar="N", help=reply)
     add("--temp", type=number("temp"), metavar="X", help="temperature; 0 is greedy")
-    add("--top-p", type=number("top_p"), metavar="X")
-    add("--top-k", type=number("top_k"), metavar="N")
-    add("--min-p", type=number("min_p"), metavar="X")
+    top_p, top_k = "keep the likeliest that make X; 1 is all", "keep the N likeliest; 0 is all"
+    min_p = "keep those of X times the likeliest; 0 is all"
+    add("--top-p", type=number("top_p"), metavar="X", help=top_p)
+    add("--top-k", type=number("top_k"), metavar="N", help=top_k)
+    add("--min-p", type=number("min_p"), metavar="X", help=min_p)
     penalty = number("repetition_penalty")
     add("--repetition-penalty", type=penalty, metavar="X", help="1 is none")
     add("--seed", type=number("seed"), default=0, metavar="N", help="same seed, same reply")
@@ -55,7 +58,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--plan", action="store_true", help="print the memory plan and exit")
     add("--drafts", type=drafts, default="auto", metavar="auto|N", help="MTP drafts, 0 to 4")
     add("--trace", metavar="FILE", help="write the experts chosen by each token")
-    add("--stats", type=one_of("--stats", *stats), default="line", metavar="|".join(stats))
+    how, names = one_of("--stats", *stats), "|".join(stats)
+    add("--stats", type=how, default="line", metavar=names, help="figures of a reply, on stderr")
     add("--trust-remote-code", action="store_true", help="run tokenizer code")
     add("--version", action="version", version=package_version())
     return parser
@@ -109,14 +113,19 @@ def show_plan(options: argparse.Namespace) -> None:
 def open_chat(options: argparse.Namespace):
     """Load the model and begin a chat with it."""
     folder = find_model(options)
+    from mlx_dsv3.conversation.messages import check_template
     from mlx_dsv3.conversation.session import Session  # 2 s of imports: refusals come before them
     from mlx_dsv3.load import load
     from mlx_dsv3.terminal.repl import Chat
     from mlx_dsv3.terminal.start import tell_start
 
     sampler = make_sampler(folder.path, vars(options))
-    trust = options.trust_remote_code
-    loaded = load(folder, trust_remote_code=trust, **memory_options(options))
+    loaded = load(
+        folder,
+        trust_remote_code=options.trust_remote_code,
+        check_tokenizer=partial(check_template, system=options.system),
+        **memory_options(options),
+    )
     if options.stats == "line":
         tell_start(loaded, options.context)
     session = Session(
@@ -133,17 +142,20 @@ def read_question(prompt: str | None) -> str | None:
     """Return what -p and a pipe ask, None where a person sits at the terminal."""
     is_piped = sys.stdin is not None and not sys.stdin.isatty()
     piped = sys.stdin.buffer.read().decode("utf-8", "replace").strip() if is_piped else ""
-    question = "\n\n".join(text for text in (prompt, piped) if text)
-    if not question and (is_piped or sys.stdin is None):
-        raise UserError("there is no question: stdin is empty", "`-p TEXT` asks one")
-    return question or None
+    if prompt is None and not is_piped and sys.stdin is not None:
+        return None
+    question = "\n\n".join(text for text in (prompt or "", piped) if text.strip())
+    if not question:
+        where = "stdin" if prompt is None else "`-p`"
+        raise UserError(f"there is no question: {where} is empty", "`-p TEXT` asks one")
+    return question
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     options = make_parser().parse_args(argv)
     if options.plan:
         show_plan(options)
-        return
+        return 0
     question = read_question(options.prompt)
     with nothing_to_keep():
         chat = open_chat(options)
@@ -156,8 +168,8 @@ def main(argv: list[str] | None = None) -> None:
             leaving.callback(Trace(store, Path(options.trace)).close)
         if question is None:
             repl(chat)
-        else:
-            chat.turn(question)
+            return 0
+        return INTERRUPTED if chat.turn(question).finish_reason == "interrupted" else 0
 
 
 if __name__ == "__main__":

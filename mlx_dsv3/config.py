@@ -301,3 +301,26 @@ def _check_quantization(entry: dict | None, where: str) -> None:
     for name, value in entry.items():
         if isinstance(value, dict):
             _check_quantization(value, f"{where}.{name}")
+
+
+def read_generation(folder: Path) -> dict:
+    """Return generation_config.json, unchecked; empty where the folder has none."""
+    path = folder / "generation_config.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def end_tokens(folder: Path, config: dict, vocab_size: int) -> list[int]:
+    """Return the ids that end a reply by generation_config.json, else by config.json."""
+    sources = {"generation_config.json": read_generation(folder), "config.json": config}
+    for name, source in sources.items():
+        if (value := source.get("eos_token_id")) is None:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        if not ids or not all(type(i) is int and 0 <= i < vocab_size for i in ids):
+            raise UserError(
+                f"`eos_token_id` in `{folder / name}` is `{brief(value)}`; it takes token ids "
+                f"below {vocab_size}",
+                f"fetch {name} again",
+            )
+        return ids
+    return []

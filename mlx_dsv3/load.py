@@ -5,15 +5,13 @@ Takes what `python -m convert` writes and what `mlx_lm.convert` writes. Trunk te
 scales, biases and plain weights take the activation dtype, the router stays float32.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten
-from mlx_lm.utils import load_tokenizer
-from transformers import PreTrainedConfig
 
 from mlx_dsv3.checkpoint.folder import Folder, fetch, open_model
 from mlx_dsv3.checkpoint.format import EXPERT_KEY, SIDECAR, infer_quantization, mtp_prefix
@@ -29,6 +27,7 @@ from mlx_dsv3.model.decoder import Model
 from mlx_dsv3.model.mla import MLA
 from mlx_dsv3.model.moe import MLP, MoE
 from mlx_dsv3.model.mtp import MTP
+from mlx_dsv3.tokenizer import load_checked_tokenizer, vocabulary_mask
 
 
 @dataclass
@@ -210,50 +209,6 @@ def load_mtp(folder: Folder, model: Model, store: ExpertStore, dtype: mx.Dtype) 
     return mtp
 
 
-def load_checked_tokenizer(folder: Path, args: ModelArgs, config: dict, trust_remote_code: bool):
-    """Load the tokenizer and refuse one whose ids the embedding does not have.
-
-    An id beyond the embedding would read foreign memory: MLX does not check. Of config.json
-    transformers sees the model type alone: its classes refuse, in tracebacks, fields that the
-    tokenizer does not need (an integer for a float, yarn under `kimi_k2`).
-    """
-    known = PreTrainedConfig(tokenizer_class=config.get("tokenizer_class"))
-    known.model_type = args.model_type
-    eos = config.get("eos_token_id")
-    generation = folder / "generation_config.json"
-    if generation.is_file():
-        eos = read_json(generation).get("eos_token_id") or eos
-    try:
-        extra = {"trust_remote_code": trust_remote_code, "config": known}
-        tokenizer = load_tokenizer(folder, extra, eos_token_ids=eos)
-    except Exception as error:  # another package's, of any kind
-        kind, reason = type(error), next(iter(str(error).strip().splitlines()), "no reason given")
-        if kind is ImportError:  # transformers', of packages that the repository's own code needs
-            raise UserError(
-                f"the tokenizer of `{folder}` needs a package that is not installed: {reason}",
-                "`pip install` it beside mlx_dsv3",
-            ) from None
-        raise UserError(
-            f"the tokenizer of `{folder}` does not load: {kind.__name__}: {reason}",
-            "`--trust-remote-code` runs the repository's own tokenizer code, if it has one",
-        ) from None
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= args.vocab_size:
-        raise UserError(
-            f"the tokenizer of `{folder}` has id {largest}; the model's vocab_size is "
-            f"{args.vocab_size}",
-            "copy the tokenizer files of this model from the hub",
-        )
-    return tokenizer
-
-
-def vocabulary_mask(tokenizer, vocab_size: int) -> mx.array | None:
-    """Return what is added to logits (vocabulary,) so that padding ids are never chosen."""
-    mask = np.full(vocab_size, -np.inf, np.float32)
-    mask[list(tokenizer.get_vocab().values())] = 0  # 0.12 s at V3's size: once for each load
-    return mx.array(mask) if mask.any() else None
-
-
 def load(
     folder: str | Path | Folder,
     *,
@@ -263,6 +218,7 @@ def load(
     dtype: mx.Dtype | None = None,
     trust_remote_code: bool = False,
     with_mtp: bool = True,
+    check_tokenizer: Callable[[object], None] | None = None,
 ) -> Loaded:
     """Load an MLX folder: model, tokenizer, MTP module if it has one, experts as planned.
 
@@ -272,8 +228,8 @@ def load(
     of 10^9 bytes); `context` is the length in tokens that memory is planned for; `dtype` is that
     of the activations, bfloat16 on a GPU and float32 on the CPU by default; without `with_mtp` the
     MTP module takes no memory and there are no drafts. On a GPU it sets MLX's limits for the whole
-    process (`device.limit_memory`). Raises `UserError` for a folder that cannot be run, with what
-    is wrong in it.
+    process (`device.limit_memory`). `check_tokenizer` is called with the tokenizer before anything
+    large is read. Raises `UserError` for a folder that cannot be run, with what is wrong in it.
     """
     opened, dtype = open_model(folder, with_mtp), dtype or default_dtype()
     plan = make_plan(
@@ -286,6 +242,8 @@ def load(
     )
     args, config = opened.args, opened.config
     tokenizer = load_checked_tokenizer(opened.path, args, config, trust_remote_code)
+    if check_tokenizer is not None:
+        check_tokenizer(tokenizer)
     loaded = load_model(opened, dtype=dtype, plan=plan)
     loaded.tokenizer = tokenizer
     loaded.vocabulary_mask = vocabulary_mask(tokenizer, args.vocab_size)

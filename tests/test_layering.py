@@ -17,7 +17,7 @@ ROWS = [
     {"checkpoint"},
     {"model"},
     {"experts", "decoding"},
-    {"memory"},
+    {"memory", "tokenizer"},
     {"load"},
     {"generate", "parity"},
     {"conversation"},

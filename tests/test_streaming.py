@@ -101,7 +101,7 @@ def test_a_full_bank_read_the_streamed_way_gives_the_same_bits(folder_of):
     """As soon as somebody wants to see which experts were chosen."""
     resident, _ = logits_of(folder_of("q4"), E, 20)
     forced, store = logits_of(folder_of("q4"), E, 20, on_route=lambda layer, experts: None)
-    assert store.counters.hits > 0
+    assert sum(bank.counters.hits for bank in store.banks.values()) > 0
     assert np.array_equal(forced, resident)
 
 

@@ -2,12 +2,28 @@
 
 The chat template is rendered over the whole list of messages at every turn, as the model was
 trained, and what the cache already holds is found by comparing ids: the longest common prefix.
-No tensors here, and no knowledge of how a reply is produced.
+Whatever the messages hold, roles and turns are the template's alone: no control token comes from
+a message, but for the thoughts of a reply. No tensors here, and no knowledge of how a reply is
+produced.
 """
 
 import re
+from collections.abc import Collection
+
+from mlx_dsv3.conversation.template import (
+    MOST_CHARACTERS,
+    OF_THIS_MODEL,
+    bounded,
+    render,
+    template_file,
+)
+from mlx_dsv3.errors import UserError
 
 SURROGATE = re.compile("[\ud800-\udfff]")
+# A zero-width space breaks a control token; where one holds it, another mark does.
+MARKS = [chr(code) for code in (0x200B, 0x2060, *range(0xE000, 0xF900))]
+# By these words templates cut off a reply's thoughts, and the cache holds them as tokens.
+THOUGHTS = ("<think>", "</think>")
 
 
 def clean(text: str) -> str:
@@ -15,28 +31,42 @@ def clean(text: str) -> str:
     return SURROGATE.sub("\ufffd", text)
 
 
+def control_tokens(tokenizer) -> list[str]:
+    """Return the texts that become tokens wherever they stand; white space is no control token.
+
+    Tokenizers on tiktoken keep `special_tokens` of which they tell transformers only a part.
+    """
+    tokens = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    tokens += getattr(tokenizer, "special_tokens", ())
+    return [token for token in dict.fromkeys(tokens) if token.strip()]
+
+
 class Conversation:
-    """The messages so far; `prompt_ids` renders them for the next reply."""
+    """The messages so far, as they were said; `prompt_ids` renders them for the next reply."""
 
     def __init__(self, tokenizer, system: str | None = None):
         self.tokenizer = tokenizer
-        self.system = clean(system) if system else None
+        self.system = clean(system) if system and system.strip() else None
         self.messages: list[dict] = []
-        tokens = [token.content for token in tokenizer.added_tokens_decoder.values()]
-        longest_first = sorted(tokens, key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, longest_first))) if tokens else None
+        self._control = control_tokens(tokenizer)
+        held = set("".join(self._control))
+        self._mark = next(mark for mark in MARKS if mark not in held)
 
-    def disarm(self, text: str) -> str:
-        """Break control tokens inside user text with a zero-width space.
+    def disarm(self, text: str, spared: Collection[str] = ()) -> str:
+        """Break control tokens inside a message, but those that are spared.
 
-        `<｜User｜>` or `</think>` in a pasted text would otherwise become the token itself.
+        `<｜User｜>` or `</think>` in a pasted text would otherwise become the token itself. A token
+        may overlap itself, as in `｜DSML｜DSML｜`: one is broken again until none is left. The mark
+        is part of no token, so that no new one comes of it.
         """
-        if self._control is None:
-            return text
-        return self._control.sub(lambda match: f"{match[0][0]}\u200b{match[0][1:]}", text)
+        for token in self._control:
+            broken = token[0] + self._mark + token[1:] if token[1:] else self._mark
+            while token in text and token not in spared:
+                text = text.replace(token, broken)
+        return text
 
     def add_user(self, text: str) -> None:
-        self.messages.append({"role": "user", "content": self.disarm(clean(text))})
+        self.messages.append({"role": "user", "content": clean(text)})
 
     def add_assistant(self, text: str) -> None:
         self.messages.append({"role": "assistant", "content": text})
@@ -49,11 +79,31 @@ class Conversation:
     def clear(self) -> None:
         self.messages.clear()
 
-    def prompt_ids(self) -> list[int]:
-        """Return the ids of the whole conversation up to the start of the next reply."""
+    def prompt(self) -> str:
+        """Return the text of the whole conversation up to the start of the next reply."""
         system = [{"role": "system", "content": self.system}] if self.system else []
-        text = self.tokenizer.apply_chat_template(
-            system + self.messages, tokenize=False, add_generation_prompt=True
-        )
+        messages = []
+        for message in system + self.messages:
+            spared = THOUGHTS if message["role"] == "assistant" else ()
+            messages.append(message | {"content": self.disarm(message["content"], spared)})
+        return clean(render(self.tokenizer, messages))
+
+    def prompt_ids(self) -> list[int]:
+        """Return the ids of `prompt`."""
         # The template writes the BOS token as text: encoding must not add a second one.
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return self.tokenizer.encode(self.prompt(), add_special_tokens=False)
+
+
+def check_template(tokenizer, system: str | None = None) -> None:
+    """Render a first message: a template that cannot is refused before minutes of loading."""
+    conversation = Conversation(tokenizer, system)
+    conversation.add_user("Hello")
+    with bounded(tokenizer):
+        text = conversation.prompt()
+    if "Hello" not in text or len(text) > MOST_CHARACTERS:
+        without = "" if "Hello" in text else ", without the question"
+        raise UserError(
+            f"the chat template in `{template_file(tokenizer)}` writes {len(text):,} characters "
+            f"for the question `Hello`{without}",
+            OF_THIS_MODEL,
+        )

@@ -31,8 +31,7 @@ class Text:
 class End:
     """The end of a reply: `stop`, `length` (a limit was reached) or `interrupted` (Ctrl-C).
 
-    `stats` are None where no token came. `layers` holds the counters of each layer that was asked
-    for experts, where some stream.
+    `stats` are None where no token came. `layers` holds the counters of each streamed layer.
     """
 
     finish_reason: str
@@ -104,10 +103,9 @@ class Session:
         return End(reason, stats, layers)
 
     def _counters(self) -> dict[int, Counters]:
-        """Return a copy of the counters by layer, where some experts stream."""
-        store = self.loaded.store
-        banks = store.banks if store.is_streamed else {}
-        return {i: replace(bank.counters) for i, bank in banks.items() if bank.wants_ids}
+        """Return a copy of the counters of each streamed layer."""
+        banks = self.loaded.store.banks.items()
+        return {i: replace(bank.counters) for i, bank in banks if not bank.is_resident}
 
     def clear(self) -> None:
         """Forget the messages; the system prompt stays."""

@@ -7,21 +7,34 @@ quick.
 from collections.abc import Mapping
 from pathlib import Path
 
-from mlx_dsv3.json_files import read_json
+from mlx_dsv3.config import read_generation
+from mlx_dsv3.errors import UserError
 from mlx_dsv3.options import SETTINGS
 
-SAMPLING = {"temp": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p"}
+SAMPLING = {"temp": "temperature", "repetition_penalty": "repetition_penalty"}
+SAMPLING |= {name: name for name in ("top_p", "top_k", "min_p")}
 # What a generation_config.json may carry besides for a filter that is off (mlx-lm's and vLLM's).
 OFF = {"top_p": 0, "top_k": -1}
 
 
-def sampling_defaults(path: Path) -> dict[str, float]:
-    """Return what generation_config.json says of sampling, unchecked; greedy where nothing."""
-    config = read_json(path) if path.is_file() else {}
-    samples = bool(config.get("do_sample"))  # temperature 1 is then transformers' own default
-    defaults = {"temp": float(samples), "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+def sampling_defaults(folder: Path) -> dict[str, float]:
+    """Return what generation_config.json says of sampling, unchecked; greedy where nothing.
+
+    A repetition penalty counts without `do_sample` too, as it does in transformers.
+    """
+    config = read_generation(folder)
+    samples = config.get("do_sample")
+    if samples not in (None, False, True):
+        raise UserError(
+            f"`do_sample` in `{folder / 'generation_config.json'}` is `{samples}`; it takes true "
+            "or false",
+            "fetch generation_config.json again",
+        )
+    # Temperature 1 is transformers' own default.
+    defaults = {"temp": float(samples or 0), "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    defaults["repetition_penalty"] = 1.0
     for name, key in SAMPLING.items():
-        value = config.get(key) if samples else None
+        value = config.get(key) if samples or key == "repetition_penalty" else None
         if value is not None and (isinstance(value, bool) or value != OFF.get(name)):
             defaults[name] = value
     return defaults
@@ -35,11 +48,11 @@ def make_sampler(folder: Path, given: Mapping[str, object]):
     from mlx_dsv3.decoding.sampler import Sampler, repetition_penalties
 
     path = folder / "generation_config.json"
-    values = sampling_defaults(path)
+    values = sampling_defaults(folder)
     for name, key in SAMPLING.items():
         if given.get(name) is not None:
             values[name] = given[name]
         else:
             SETTINGS[name].check(values[name], f"`{key}` in `{path}`")
-    penalties = repetition_penalties(given.get("repetition_penalty"))
+    penalties = repetition_penalties(values.pop("repetition_penalty"))
     return Sampler(**values, seed=given.get("seed") or 0, penalties=penalties)

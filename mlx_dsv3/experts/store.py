@@ -66,8 +66,9 @@ class ExpertStore:
 
     @property
     def counters(self) -> Counters:
-        """Return the sum over the layers whose experts are asked for one by one."""
-        return sum((bank.counters for bank in self.banks.values() if bank.wants_ids), Counters())
+        """Return the sum over the streamed layers, traced or not: a trace may end in a reply."""
+        banks = (bank for bank in self.banks.values() if not bank.is_resident)
+        return sum((bank.counters for bank in banks), Counters())
 
     def open_layer(self, layer: int) -> Bank:
         """Allocate the bank of a layer and, where every expert has a slot, fill it."""

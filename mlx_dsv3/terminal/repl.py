@@ -23,7 +23,7 @@ class Chat:
         self.last: End | None = None  # that has statistics
         self.is_inside_line = False
 
-    def turn(self, text: str) -> None:
+    def turn(self, text: str) -> End:
         """Answer one message; Ctrl-C ends the reply and keeps what was said."""
         events = self.session.turn(text)
         try:
@@ -31,7 +31,9 @@ class Chat:
                 try:
                     self.show(event)
                 except BaseException as error:  # Ctrl-C gives the end, anything else comes back
-                    self.show(events.throw(error))
+                    event = events.throw(error)
+                    self.show(event)
+            return event
         except Exception:
             if self.is_inside_line:
                 self.end_line()  # the error begins its own
