@@ -21,7 +21,6 @@ from mlx_dsv3.device import default_dtype, limit_memory
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.experts.products import RoutedExperts
 from mlx_dsv3.experts.store import ExpertStore
-from mlx_dsv3.json_files import read_json
 from mlx_dsv3.memory import MemoryPlan, make_plan
 from mlx_dsv3.model.decoder import Model
 from mlx_dsv3.model.mla import MLA

@@ -14,10 +14,13 @@ from transformers import PreTrainedConfig
 
 from mlx_dsv3.config import ModelArgs, end_tokens
 from mlx_dsv3.errors import UserError
+from mlx_dsv3.json_files import read_json
 
 FROM_THE_HUB = "copy the tokenizer files of this model from the hub"
 # How transformers says which packages a repository's own code imports in vain.
 NOT_INSTALLED = re.compile(r"not found in your environment: (.+?)\. Run")
+FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+MOST_BYTES = 64 << 20  # V3's tokenizer.json has 8 MB
 NO_LIMIT = int(1e30)  # transformers' own word for it; how long a prompt may be is ours to say
 
 
@@ -28,20 +31,18 @@ def load_checked_tokenizer(folder: Path, args: ModelArgs, config: dict, trust_re
     transformers sees the model type alone: its classes refuse, in tracebacks, fields that the
     tokenizer does not need (an integer for a float, yarn under `kimi_k2`).
     """
-    known = PreTrainedConfig(tokenizer_class=config.get("tokenizer_class"))
-    known.model_type = args.model_type
     ends = end_tokens(folder, config, args.vocab_size)
+    check_files(folder)
+    extra = {"model_max_length": NO_LIMIT, "trust_remote_code": trust_remote_code}
     try:
-        extra = {"config": known, "model_max_length": NO_LIMIT}
-        extra["trust_remote_code"] = trust_remote_code
+        extra["config"] = known = PreTrainedConfig(tokenizer_class=config.get("tokenizer_class"))
+        known.model_type = args.model_type
         tokenizer = load_tokenizer(folder, extra, eos_token_ids=ends)
         largest = max(tokenizer.get_vocab().values())
         tokenizer.encode("Hello", add_special_tokens=False)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except (
-        BaseException
-    ) as error:  # another package's, of any kind: a panic of Rust is no Exception
+    except BaseException as error:  # another package's, of any kind; Rust's panics are such
         raise refusal(folder, error) from None
     if largest >= args.vocab_size:
         raise UserError(
@@ -50,6 +51,19 @@ def load_checked_tokenizer(folder: Path, args: ModelArgs, config: dict, trust_re
             FROM_THE_HUB,
         )
     return tokenizer
+
+
+def check_files(folder: Path) -> None:
+    """Refuse what the other packages would read for ever, or into memory whatever its size."""
+    for path in map(folder.joinpath, FILES):
+        if path.exists() and not path.is_file():
+            raise UserError(f"`{path}` is not a file", FROM_THE_HUB)
+        if path.exists() and path.stat().st_size > MOST_BYTES:
+            raise UserError(
+                f"`{path}` has more than {MOST_BYTES:,} bytes, the most that are read", FROM_THE_HUB
+            )
+    if (folder / "tokenizer_config.json").exists():
+        read_json(folder / "tokenizer_config.json", hint=FROM_THE_HUB)
 
 
 def refusal(folder: Path, error: BaseException) -> UserError:

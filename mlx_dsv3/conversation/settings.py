@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mlx_dsv3.config import read_generation
 from mlx_dsv3.errors import UserError
+from mlx_dsv3.json_files import brief
 from mlx_dsv3.options import SETTINGS
 
 SAMPLING = {"temp": "temperature", "repetition_penalty": "repetition_penalty"}
@@ -26,8 +27,8 @@ def sampling_defaults(folder: Path) -> dict[str, float]:
     samples = config.get("do_sample")
     if samples not in (None, False, True):
         raise UserError(
-            f"`do_sample` in `{folder / 'generation_config.json'}` is `{samples}`; it takes true "
-            "or false",
+            f"`do_sample` in `{folder / 'generation_config.json'}` is `{brief(samples)}`; it takes "
+            "true or false",
             "fetch generation_config.json again",
         )
     # Temperature 1 is transformers' own default.

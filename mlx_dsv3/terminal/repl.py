@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mlx_dsv3.conversation.messages import clean
 from mlx_dsv3.conversation.session import End, Event, Session, Text
-from mlx_dsv3.errors import UserError
+from mlx_dsv3.errors import UserError, visible
 from mlx_dsv3.terminal.statistics import stats_lines, stats_values, stats_words
 
 HINT_AT_CTRL_C = "(/exit or Ctrl-D leaves)"
@@ -22,6 +22,7 @@ class Chat:
         self.session, self.stats = session, stats
         self.last: End | None = None  # that has statistics
         self.is_inside_line = False
+        self.on_terminal = sys.stdout.isatty()  # a pipe or a file gets what the model wrote
 
     def turn(self, text: str) -> End:
         """Answer one message; Ctrl-C ends the reply and keeps what was said."""
@@ -42,7 +43,7 @@ class Chat:
     def show(self, event: Event) -> None:
         """Show an event of a turn, the text on stdout."""
         if isinstance(event, Text):
-            print(event.text, end="", flush=True)
+            print(visible(event.text) if self.on_terminal else event.text, end="", flush=True)
             self.is_inside_line |= bool(event.text)
             return
         if self.stats != "json" and event.finish_reason in REMARKS:
@@ -59,7 +60,7 @@ class Chat:
     def show_end(self, end: End) -> None:
         """Show the statistics of a reply, as `--stats` says."""
         if self.stats == "json":
-            print(json.dumps(stats_values(end)), file=sys.stderr)
+            print(json.dumps(stats_values(end), allow_nan=False), file=sys.stderr)
         elif self.stats == "line":
             print(f"[{'; '.join(stats_words(end.stats))}]", file=sys.stderr)
 
@@ -109,7 +110,7 @@ def answer_line(chat: Chat, line: str) -> None:
         elif word in COMMANDS:
             COMMANDS[word](chat)
         else:
-            print(f"unknown command `{word}`; /help lists them", file=sys.stderr)
+            print(f"unknown command `{visible(word)}`; /help lists them", file=sys.stderr)
     except Leave:
         raise
     except UserError as error:

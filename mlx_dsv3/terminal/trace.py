@@ -10,7 +10,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from mlx_dsv3.errors import UserError
+from mlx_dsv3.errors import UserError, visible
 
 
 def check_writable(path: Path) -> None:
@@ -48,7 +48,8 @@ class Trace:
         try:
             self.file.write(f"[{layer}, {experts.tolist()}]\n")
         except OSError as error:  # a full disk must not end the reply
-            print(f"warning: the trace `{self.file.name}` ends: {error}", file=sys.stderr)
+            name = visible(str(self.file.name))
+            print(f"warning: the trace `{name}` ends: {error}", file=sys.stderr)
             self.close()
 
     def close(self) -> None:

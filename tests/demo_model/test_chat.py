@@ -18,6 +18,7 @@ import pytest
 
 import chat
 from mlx_dsv3.errors import run_main
+from mlx_dsv3.model.decoder import Model
 
 ROOT = Path(__file__).parents[2]
 CHAT = ROOT / "chat.py"
@@ -160,6 +161,26 @@ def test_ctrl_c_stops_the_reply_and_keeps_the_session(demo_q4):
     assert terminal.status() == 0
 
 
+def test_an_interrupted_question_prints_what_was_said_and_ends_with_130(demo_q4, monkeypatch):
+    """`chat.py -p ... > file && next` went on with half an answer: the status was 0."""
+    original, calls = Model.hidden, []
+
+    def hidden(self, *arguments):
+        calls.append(arguments)
+        if len(calls) == 6:
+            signal.raise_signal(signal.SIGINT)
+        return original(self, *arguments)
+
+    whole = run(demo_q4, "-p", QUESTION, "--drafts", "0").stdout
+    monkeypatch.setattr(Model, "hidden", hidden)
+    for arguments, stdin in ((["-p", QUESTION], ""), ([], QUESTION)):
+        calls.clear()
+        done = run(demo_q4, *arguments, "--drafts", "0", stdin=stdin)
+        said = done.stdout.removesuffix("\n")
+        assert done.returncode == 130 and said and said != whole and whole.startswith(said)
+        assert done.stderr.startswith("\n(stopped)[prompt")
+
+
 def refused(done: subprocess.CompletedProcess, *words: str) -> None:
     """Check the form of a refusal: exit 2, one `error:` sentence that holds the words, a hint."""
     assert done.returncode == 2 and done.stdout == "", done
@@ -196,7 +217,9 @@ def test_model_in_conversion(tmp_path, demo_q4):
     [
         (["-p", "Hi", "--max-tokens", "0"], "--max-tokens"),
         (["-p", "Hi", "--temp", "-1"], "--temp"),
-        ([], "stdin is empty"),
+        ([], "there is no question: stdin is empty"),
+        (["-p", ""], "there is no question: `-p` is empty"),
+        (["-p", " \t\n"], "there is no question: `-p` is empty"),
     ],
 )
 def test_bad_arguments(demo_q4, arguments, word):

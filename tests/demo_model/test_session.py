@@ -1,6 +1,7 @@
 """A session without a screen: events in order, and what stays of a turn that did not end well."""
 
 import signal
+from dataclasses import asdict, replace
 
 import pytest
 from drafted import Drafted
@@ -8,6 +9,7 @@ from drafted import Drafted
 from mlx_dsv3.conversation.session import End, Session, Text
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.generate import stream
+from mlx_dsv3.load import load_model, plan_memory
 from mlx_dsv3.model.decoder import Model
 
 from .test_chat import QUESTION
@@ -165,3 +167,26 @@ def test_a_refusal_leaves_no_turn_and_keeps_the_caches(session, monkeypatch):
     with pytest.raises(UserError, match="max_position_embeddings"):
         list(session.turn(FOLLOW_UP))
     assert roles(session) == ["user", "assistant"] and session.state.ids == held
+
+
+def test_a_trace_that_ends_within_a_reply(demo_q4, loaded):
+    """Where a layer is resident and others stream, its hits left the sum: it became negative."""
+    plan = plan_memory(demo_q4, experts="streamed", expert_memory_gb=0.002)
+    partly = load_model(demo_q4, plan=replace(plan, slots=plan.slots | {1: plan.num_experts}))
+    partly.tokenizer, partly.vocabulary_mask = loaded.tokenizer, loaded.vocabulary_mask
+    session, store, calls = Session(partly, drafts=0), partly.store, []
+
+    def route(layer, experts):
+        calls.append(layer)
+        if layer == 1 and calls.count(1) > 20:
+            store.on_route = None
+
+    store.on_route = route
+    for question in (QUESTION, FOLLOW_UP):
+        *_, end = session.turn(question)
+        layers = [asdict(count) for count in end.layers.values()]
+        for name in ("hits", "misses", "nbytes"):
+            total = getattr(end.stats.experts, name)
+            assert total == sum(layer[name] for layer in layers) and total >= 0
+    assert store.on_route is None and 1 not in end.layers
+    store.close()
