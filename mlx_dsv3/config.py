@@ -306,7 +306,7 @@ def _check_quantization(entry: dict | None, where: str) -> None:
 def read_generation(folder: Path) -> dict:
     """Return generation_config.json, unchecked; empty where the folder has none."""
     path = folder / "generation_config.json"
-    return read_json(path) if path.is_file() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def end_tokens(folder: Path, config: dict, vocab_size: int) -> list[int]:

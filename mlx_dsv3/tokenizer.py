@@ -68,8 +68,13 @@ def check_files(folder: Path) -> None:
 
 def refusal(folder: Path, error: BaseException) -> UserError:
     """Say why a tokenizer does not load, and what may help."""
-    reason = " ".join(str(error).split())[:300] or "no reason given"
-    module = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
+    reason = " ".join(str(error).split()) or "no reason given"
+    if "trust_remote_code" in reason:
+        return UserError(
+            f"the tokenizer of `{folder}` is the repository's own code, which nobody allowed",
+            "`--trust-remote-code` runs it; read it first",
+        )
+    module = error.name if isinstance(error, ModuleNotFoundError) else None
     listed = NOT_INSTALLED.search(reason)
     if listed or module and not module.startswith("mlx_lm."):
         names = listed[1].replace(",", "") if listed else module.split(".")[0]
@@ -82,10 +87,9 @@ def refusal(folder: Path, error: BaseException) -> UserError:
             f"`tokenizer_config.json` in `{folder}` asks for `{module}`, which mlx-lm has not",
             FROM_THE_HUB,
         )
-    own_code = "`--trust-remote-code` runs the repository's own tokenizer code"
     return UserError(
-        f"the tokenizer of `{folder}` does not load: {type(error).__name__}: {reason}",
-        own_code if "trust_remote_code" in reason else FROM_THE_HUB,
+        f"the tokenizer of `{folder}` does not load: {type(error).__name__}: {reason[:300]}",
+        FROM_THE_HUB,
     )
 
 

@@ -122,6 +122,32 @@ def test_generation_config_may_say_off(tmp_path):
     assert (sampler.temp, sampler.top_p, sampler.top_k, sampler.min_p) == (0.6, 1.0, 0, 0.0)
 
 
+@pytest.mark.parametrize("samples", [True, False])
+def test_repetition_penalty_of_generation_config(tmp_path, samples):
+    """It was ignored, against the README; transformers applies it to greedy replies too."""
+    ids, logits = mx.array([1, 2]), mx.array([[1.0, 3.0, -1.0, 2.0]])
+
+    def penalized(*arguments, **config):
+        sampler = sampler_of(tmp_path, *arguments, do_sample=samples, **config)
+        return sampler.penalized(logits, ids).tolist() if sampler.penalties else None
+
+    assert penalized(repetition_penalty=2.0) == [[1.0, 1.5, -2.0, 2.0]]
+    assert penalized("--repetition-penalty", "4", repetition_penalty=2.0) == [[1.0, 0.75, -4.0, 2]]
+    for none in ({}, {"repetition_penalty": 1.0}, {"repetition_penalty": None}):
+        assert penalized(**none) is None
+    assert penalized("--repetition-penalty", "1", repetition_penalty=2.0) is None
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"repetition_penalty": 0}, {"repetition_penalty": "1.1"}, {"do_sample": "no"}],
+)
+def test_generation_config_is_checked_without_sampling(tmp_path, config):
+    (key,) = config
+    with pytest.raises(UserError, match=f"`{key}` in `.*generation_config.json` is `"):
+        sampler_of(tmp_path, **config)
+
+
 def test_sampling_without_a_temperature_is_at_one(tmp_path):
     """As transformers reads the file; without `do_sample` it is greedy there too."""
     assert sampler_of(tmp_path, do_sample=True).temp == 1.0

@@ -15,9 +15,8 @@ from mlx_lm.utils import quantize_model, save_config, save_model
 from parity.pairs import load_reference, random_ids
 
 from mlx_dsv3.checkpoint.headers import read_header, read_headers
-from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.load import load, load_checked_tokenizer, load_model
+from mlx_dsv3.load import load, load_model
 
 Q4 = {"bits": 4, "group_size": 64, "mode": "affine"}
 Q8 = {"bits": 8, "group_size": 64, "mode": "affine"}
@@ -235,33 +234,6 @@ def test_load_gives_everything(folder):
     assert loaded.config["model_type"] == "deepseek_v3"
 
 
-def test_end_tokens_of_generation_config(folder):
-    """R1-style folders list several end tokens there; config.json has one."""
-    write_json(folder / "generation_config.json", {"eos_token_id": [1, 5]})
-    loaded = load(folder)
-    loaded.store.close()
-    assert loaded.tokenizer.eos_token_ids == {1, 5}
-
-
-# What transformers' config classes refuse, and no tokenizer needs.
-STRICT = {
-    "integer for a float": {"routed_scaling_factor": 1},
-    "null for an integer": {"n_shared_experts": None},
-    "yarn of kimi_k2": {"model_type": "kimi_k2"},
-    "word for a token": {"pad_token_id": "none"},
-}
-
-
-@pytest.mark.parametrize("case", STRICT)
-def test_tokenizer_does_not_hang_on_config_json(folder, case):
-    """GigaChat3's integer in a float field ended the load in a traceback of huggingface_hub."""
-    config = tiny.A | {"num_hidden_layers": 2} | STRICT[case]
-    args = ModelArgs.from_dict(config)
-    write_json(folder / "config.json", config)
-    tokenizer = load_checked_tokenizer(folder, args, config, False)
-    assert tokenizer.encode("w5 w159", add_special_tokens=False) == [5, 159]
-
-
 # --- what is refused ------------------------------------------------------------------------
 
 
@@ -404,51 +376,6 @@ def test_sidecar_of_another_depth(folder):
     moved = {name.replace("layers.2.", "layers.4."): array for name, array in arrays.items()}
     save_ordered(folder / "mtp.safetensors", moved)
     assert "is not of layer 2" in refusal(folder).message
-
-
-@pytest.mark.parametrize("size, is_refused", [(160, False), (161, True), (300, True)])
-def test_tokenizer_with_ids_beyond_the_embedding(folder, size, is_refused):
-    """An id >= vocab_size reads foreign memory: MLX checks no index."""
-    write_tokenizer(folder, size)
-    if not is_refused:
-        load(folder).store.close()
-        return
-    error = refusal(folder, load)
-    assert f"has id {size - 1}" in error.message and "vocab_size is 160" in error.message
-    assert error.hint
-
-
-def test_added_token_beyond_the_embedding(folder):
-    """Ids of added tokens are not in the base vocabulary, and count."""
-    contents = json.loads((folder / "tokenizer.json").read_text())
-    token = {"id": 160, "content": "<x>", "single_word": False, "lstrip": False}
-    contents["added_tokens"] = [token | {"rstrip": False, "normalized": False, "special": True}]
-    write_json(folder / "tokenizer.json", contents)
-    assert "has id 160" in refusal(folder, load).message
-
-
-def test_no_tokenizer(folder):
-    """A folder without tokenizer files: a sentence, not transformers' traceback."""
-    for file in folder.glob("tokenizer*"):
-        file.unlink()
-    assert f"the tokenizer of `{folder}` does not load" in refusal(folder, load).message
-
-
-@pytest.mark.parametrize(
-    "file, text, words",
-    [
-        ("tokenizer.json", "{}", "KeyError: "),
-        ("tokenizer.json", "{", "JSONDecodeError: Failed to parse tokenizer.json"),
-        ("tokenizer_config.json", "[]", "Error: "),
-        ("tokenizer_config.json", '{"tool_parser_type": "none"}', "ModuleNotFoundError: "),
-    ],
-)
-def test_broken_tokenizer(folder, file, text, words):
-    """Whatever another package raises: one sentence with its kind and first line."""
-    (folder / file).write_text(text)
-    error = refusal(folder, load)
-    assert f"the tokenizer of `{folder}` does not load: " in error.message
-    assert words in error.message and "\n" not in error.message
 
 
 # --- headers --------------------------------------------------------------------------------
