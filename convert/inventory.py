@@ -14,7 +14,7 @@ from convert.source import Source
 from mlx_dsv3.checkpoint.format import (
     PROJECTIONS,
     SCALE_SUFFIX,
-    check_depth,
+    check_counts,
     layer_prefix,
     mtp_prefix,
     record_prefix,
@@ -148,7 +148,7 @@ def check_tensors(source: Source, only_mtp: bool = False) -> None:
     left = {name for name in source.tensors if name.startswith(prefix)}
     left = {name for name in left if not name.endswith("rotary_emb.inv_freq")}
     if not only_mtp:
-        check_depth(args, left)
+        check_counts(args, source.tensors)
     expected = [] if only_mtp else [main_tensors(args)]
     if holds_mtp(source):
         expected += [mtp_tensors(args), layer_experts(args, args.num_hidden_layers)]

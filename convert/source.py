@@ -17,7 +17,7 @@ from mlx_dsv3.checkpoint.headers import (
     TensorInfo,
     join_headers,
     parse_header,
-    read_raw_header,
+    read_raw_headers,
 )
 from mlx_dsv3.checkpoint.hub import Repo
 from mlx_dsv3.config import ModelArgs, read_config
@@ -187,7 +187,7 @@ def open_folder(folder: Path, only_mtp: bool = False) -> Source:
             "fetch the missing shards; nothing is converted from an incomplete checkpoint",
         )
     stamps = {shard: stamp(folder / shard) for shard in shards}
-    headers = {shard: read_raw_header(folder / shard) for shard in shards}
+    headers = read_raw_headers(folder, shards)
     source = Source(folder, config, headers, stamps=stamps)
     check_index(source, shards)
     return source

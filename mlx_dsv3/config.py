@@ -35,7 +35,7 @@ ASSUMED = {
     "farskip": False,
 }
 # Least and most of every number: far beyond any model, and small enough to compute with. What
-# config.json says is compared with the tensors before anything is made (`format.check_depth`).
+# config.json says is compared with the tensors before anything is made (`format.check_counts`).
 RANGES = {
     "vocab_size": (1, 2**24),
     "hidden_size": (1, 2**20),
@@ -275,7 +275,9 @@ def read_config(folder: Path) -> dict:
     if not folder.is_dir():
         raise UserError(f"`{folder}` is not a folder", "give a folder that holds config.json")
     if not (folder / "config.json").exists():
-        raise UserError(f"`{folder}` has no config.json", "give the folder of a model")
+        inner = [path.parent for path in folder.glob("*/config.json")]
+        hint = f"`{min(inner)}` has one" if inner else "give the folder of a model"
+        raise UserError(f"`{folder}` has no config.json", hint)
     config = read_json(folder / "config.json")
     for name in ("quantization", "quantization_config"):
         if not isinstance(config.get(name), dict | None):

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from mlx_dsv3.errors import UserError
+from mlx_dsv3.errors import UserError, read_text
 
 MOST_BYTES = 4 << 20  # of a file for which nothing else is said; V3's config.json has 2 KB
 MOST_VALUES = 500_000  # an index of Kimi-K2 has 207,000; a name and a number take 261 bytes
@@ -24,19 +24,11 @@ HALF_CHARACTERS = re.compile(r"\\u[dD][89a-fA-F]")
 
 def read_json(path: Path, most_bytes: int = MOST_BYTES, hint: str = AGAIN) -> dict:
     """Read a file that holds a JSON object; raise `UserError` with its name where it holds none."""
-    if not path.is_file():  # a pipe would wait for ever
-        raise UserError(f"`{path}` is not a file", hint)
-    with open(path, "rb") as file:
-        raw = file.read(most_bytes + 1)
-    if len(raw) > most_bytes:
-        raise UserError(
-            f"`{path}` has more than {most_bytes:,} bytes, the most that are read", hint
-        )
-    return parse_json(raw, f"`{path}`", hint)
+    return parse_json(read_text(path, most_bytes), f"`{path}`", hint)
 
 
-def parse_json(raw: bytes, name: str, hint: str = AGAIN) -> dict:
-    """Return the object of a JSON text in UTF-8; `name` is what messages call it."""
+def parse_json(text: str | bytes, name: str, hint: str = AGAIN) -> dict:
+    """Return the object of a JSON text (bytes are UTF-8); `name` is what messages call it."""
 
     def refuse(why: str):
         raise UserError(f"{name} {why}", hint)
@@ -56,7 +48,7 @@ def parse_json(raw: bytes, name: str, hint: str = AGAIN) -> dict:
         return value if math.isfinite(value) else refuse(f"holds the number `{brief(text)}`")
 
     try:
-        text = raw.decode()
+        text = text if isinstance(text, str) else text.decode()
         if sum(text.count(c) for c in "[{,") > MOST_VALUES:
             refuse(f"holds more than {MOST_VALUES:,} values")
         value = json.loads(

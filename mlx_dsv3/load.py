@@ -28,6 +28,8 @@ from mlx_dsv3.model.moe import MLP, MoE
 from mlx_dsv3.model.mtp import MTP
 from mlx_dsv3.tokenizer import load_checked_tokenizer, vocabulary_mask
 
+DIFFERENT = "config.json and weights are of different checkpoints; fetch or convert both again"
+
 
 @dataclass
 class Loaded:
@@ -74,13 +76,21 @@ def split_kv_b(weights: dict[str, mx.array], args: ModelArgs) -> dict[str, mx.ar
             biases = out.pop(f"{prefix}kv_b_proj.biases", None)
             in_blocks = scales.dtype == mx.uint8
             packed, groups = weight.shape[-1], scales.shape[-1]
-            packing = infer_quantization(args.kv_lora_rank, packed, groups, in_blocks).as_config()
-            weight = mx.dequantize(weight, scales, biases, **packing)
+            packing = infer_quantization(args.kv_lora_rank, packed, groups, in_blocks, name)
+            weight = mx.dequantize(weight, scales, biases, **packing.as_config())
+        rows = args.num_attention_heads * (args.qk_nope_head_dim + args.v_head_dim)
+        if weight.shape != (rows, args.kv_lora_rank):
+            raise UserError(
+                f"`{name}` has shape {weight.shape}; config.json says {(rows, args.kv_lora_rank)}",
+                DIFFERENT,
+            )
         heads = weight.reshape(args.num_attention_heads, -1, args.kv_lora_rank)
         nope = args.qk_nope_head_dim
         w_uk, w_uv = heads[:, :nope].swapaxes(-1, -2), heads[:, nope:]  # (H, C, N), (H, V, C)
         for leaf, part in (("embed_q", w_uk), ("unembed_out", w_uv)):
-            packed = mx.quantize(part, **packing) if packing else [mx.contiguous(part)]
+            packed = [mx.contiguous(part)]
+            if packing and packing.fits(part.shape[-1]):
+                packed = mx.quantize(part, **packing.as_config())
             for suffix, array in zip(("weight", "scales", "biases"), packed, strict=False):
                 out[f"{prefix}{leaf}.{suffix}"] = array
     return out
@@ -106,7 +116,8 @@ def quantize_like(module: nn.Module, weights: dict[str, mx.array]) -> None:
             return False
         in_blocks = scales.dtype == mx.uint8
         width, packed = layer.weight.shape[-1], weights[f"{path}.weight"].shape[-1]
-        return infer_quantization(width, packed, scales.shape[-1], in_blocks).as_config()
+        name = f"{path}.weight"
+        return infer_quantization(width, packed, scales.shape[-1], in_blocks, name).as_config()
 
     nn.quantize(module, class_predicate=packing)
 
@@ -124,7 +135,8 @@ def fill(module: nn.Module, weights: dict[str, mx.array], source: str) -> None:
         if array.shape != parameters[name].shape:
             raise UserError(
                 f"`{name}` in `{source}` has shape {array.shape}; "
-                f"config.json says {parameters[name].shape}"
+                f"config.json says {parameters[name].shape}",
+                DIFFERENT,
             )
     module.load_weights(list(weights.items()))
 

@@ -34,6 +34,7 @@ class Hub(ThreadingHTTPServer):
         self.folder = folder
         self.commits, self.main = {COMMIT: folder}, COMMIT
         self.closed = None  # status for every request
+        self.about: bytes | dict = {}  # instead of what it says of the repository, or beside
         self.ignores_ranges = False
         self.faults: dict[str, list[tuple[str, int]]] = {}
         self.requests: list[tuple[str, str, str | None]] = []
@@ -66,6 +67,8 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, with_body: bool):
         path = self.path.partition("?")[0]
         self.server.requests.append((self.command, path, self.headers["Range"]))
+        if self.server.closed in (301, 302):
+            return self.send(b"", with_body, self.server.closed, Location=self.path)
         if self.server.closed:
             return self.refuse(self.server.closed)
         commits = self.server.commits
@@ -73,7 +76,9 @@ class Handler(BaseHTTPRequestHandler):
             commit = self.server.main if match[1] in (None, "main") else match[1]
             if commit not in commits:
                 return self.refuse(404, "RevisionNotFound")
-            about = describe(commits[commit]) | {"sha": commit}
+            if isinstance(self.server.about, bytes):
+                return self.send(self.server.about, with_body)
+            about = describe(commits[commit]) | {"sha": commit} | self.server.about
             return self.send(json.dumps(about).encode(), with_body)
         match = re.fullmatch(f"/{REPO}/resolve/([0-9a-f]+)/(.+)", path)
         if not match or not (commits.get(match[1], Path()) / match[2]).is_file():
@@ -134,8 +139,9 @@ class Handler(BaseHTTPRequestHandler):
 def describe(folder: Path) -> dict:
     """Return what the hub's API says about a repository."""
     siblings = []
-    for path in sorted(folder.iterdir()):
-        entry = {"rfilename": path.name, "size": path.stat().st_size, "blobId": "0" * 40}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        entry = {"rfilename": name, "size": path.stat().st_size, "blobId": "0" * 40}
         if path.suffix == ".safetensors":
             sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
             entry["lfs"] = {"size": entry["size"], "sha256": sha256, "pointerSize": 134}

@@ -357,7 +357,7 @@ def test_config_file(tmp_path):
     with pytest.raises(UserError, match="config.json` is not JSON"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_bytes(b'{"a": "\xff"}')
-    with pytest.raises(UserError, match="config.json` is not UTF-8"):
+    with pytest.raises(UserError, match="config.json` is not text in UTF-8"):
         read_config(tmp_path)
     (tmp_path / "list.json").write_text("[1]")
     with pytest.raises(UserError, match="holds a list, not an object"):

@@ -132,7 +132,10 @@ BAD = {
     "index without a map": (lambda hub: (hub / INDEX).write_text("{}"), "`weight_map`"),
     "index that names an absent tensor": (index_names_absent, "experts.99.up_proj.weight` into"),
     "index that lacks a tensor": (index_lacks_one, "does not name"),
-    "index that leaves the folder": (index_leaves_the_folder, "which is not a file name"),
+    "index that leaves the folder": (
+        index_leaves_the_folder,
+        "which is not a safetensors file beside it",
+    ),
     "wrong shape": (
         replace("model.norm.weight", torch.ones(63).bfloat16()),
         "has shape [63]; config.json says [64]",

@@ -31,7 +31,7 @@ REFUSED = {
     '{"a":' * 100_000: "more than 32 deep",
     '{"a":' + "[" * 900 + "]" * 900 + "}": "more than 32 deep",
     '{"a": [' + "[]," * 500_000 + "1]}": "holds more than 500,000 values",
-    '{"a": "' + "x" * (4 << 20) + '"}': "has more than 4,194,304 bytes",
+    '{"a": "' + "x" * (4 << 20) + '"}': "4,194,304 is the most",
 }
 
 
@@ -46,10 +46,10 @@ def test_what_is_not_an_object_of_json(tmp_path, text, words):
     assert caught.value.hint and len(caught.value.message) < 300
 
 
-@pytest.mark.parametrize("coding", ["latin-1", "utf-16", "utf-32", "utf-8-sig"])
+@pytest.mark.parametrize("coding", ["latin-1", "utf-16", "utf-32"])
 def test_other_encodings(tmp_path, coding):
     (tmp_path / "x.json").write_text('{"a": "é"}', encoding=coding)
-    with pytest.raises(UserError, match="is not (UTF-8|JSON: Unexpected UTF-8 BOM)"):
+    with pytest.raises(UserError, match="x.json` is not text in UTF-8"):
         read_json(tmp_path / "x.json")
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from fnmatch import filter as matching
 from fnmatch import fnmatch
 from itertools import chain
 from pathlib import Path
@@ -21,7 +22,8 @@ from mlx_dsv3.checkpoint.format import (
     SIDECAR,
     SINGLE,
     WEIGHTS,
-    check_depth,
+    check_counts,
+    check_tensors,
     mtp_prefix,
     read_index,
     read_manifest,
@@ -134,8 +136,9 @@ def describe(path: Path, name: str, present: set[str], header: Callable[[Path], 
             f"`{name}` is a hub checkpoint (its shards hold the MTP layer), not an MLX folder",
             CONVERT_HINT.format(name),
         )
-    check_depth(args, tensors)
+    check_counts(args, tensors)
     sidecar = header(path / SIDECAR) if SIDECAR in present else {}
+    check_tensors(tensors | sidecar)
     return Folder(path, config, args, tensors, sidecar)
 
 
@@ -157,9 +160,13 @@ def weight_names(path: Path, name: str, present: set[str]) -> list[str]:
     if INDEX in present:
         files = list(read_index(path))
     else:
-        files = sorted(file for file in present if fnmatch(file, WEIGHTS))
+        files = sorted(file for file in present if fnmatch(file, WEIGHTS) and "/" not in file)
     if not files:
-        raise UserError(f"`{name}` has no weights (no `{WEIGHTS}`)", CONVERT_HINT.format(name))
+        inner = [*map(str, path.glob("*/*.safetensors")), *matching(present, "*/*.safetensors")]
+        hint = f"weights lie beside config.json; there is `{min(inner)}`" if inner else ""
+        raise UserError(
+            f"`{name}` has no weights (no `{WEIGHTS}`)", hint or CONVERT_HINT.format(name)
+        )
     for file in files:
         if file not in present:
             raise UserError(

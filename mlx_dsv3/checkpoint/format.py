@@ -10,11 +10,12 @@ for all experts of a layer.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
+from mlx_dsv3.checkpoint.headers import TensorInfo
 from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.json_files import AGAIN, brief, read_json
@@ -40,6 +41,8 @@ SCALE_SUFFIX = "_scale_inv"  # of an FP8 weight's block scales in a hub checkpoi
 
 BLOCK_SCALES = "U8"  # dtype of the scales in the block formats, which have no biases
 BLOCK_MODES = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
+AFFINE = {(bits, size): "affine" for bits in (2, 3, 4, 5, 6, 8) for size in (32, 64, 128)}
+FLOATS = ("BF16", "F16", "F32")
 
 
 class Quantization(NamedTuple):
@@ -69,14 +72,56 @@ class Quantization(NamedTuple):
             yield "scales", BLOCK_SCALES, groups
 
 
-def infer_quantization(width: int, packed: int, groups: int, in_blocks: bool) -> Quantization:
+def infer_quantization(
+    width: int, packed: int, groups: int, in_blocks: bool, name: str = "a weight"
+) -> Quantization:
     """Recover the packing of rows of `width` from their 32-bit words and their scales.
 
-    `in_blocks` says that the scales have one byte each, as in the block formats.
+    `in_blocks` says that the scales have one byte each, as in the block formats. Raises
+    `UserError`, with the weight's `name`, where MLX has no such packing.
     """
-    bits, group_size = packed * 32 // width, width // groups
-    mode = BLOCK_MODES[bits, group_size] if in_blocks else "affine"
-    return Quantization(bits, group_size, mode)
+    for (bits, group_size), mode in (BLOCK_MODES if in_blocks else AFFINE).items():
+        if (width * bits, width) == (packed * 32, groups * group_size):
+            return Quantization(bits, group_size, mode)
+    raise UserError(
+        f"`{name}` has {packed:,} words and {groups:,} scales in a row; MLX packs no row of "
+        f"{width:,} weights so",
+        "config.json and weights belong to different checkpoints; fetch or convert both again",
+    )
+
+
+def check_tensors(tensors: dict[str, TensorInfo]) -> None:
+    """Refuse what no MLX folder holds: MLX says so in a traceback, or computes with it.
+
+    Words and bytes must be part of a packed weight that has all its parts, row by row.
+    """
+    for name, info in tensors.items():
+        path, _, part = name.rpartition(".")
+        if info.dtype in FLOATS and part != "scales":
+            continue
+        parts = {part: info} | {part: tensors.get(f"{path}.{part}") for part in PARTS}
+        if not _are_packed(*(parts[part] for part in PARTS)):
+            words = [
+                f"{part} {info.dtype} {list(info.shape)}" for part, info in parts.items() if info
+            ]
+            raise UserError(
+                f"`{brief(path)}` in `{info.path}` is not packed as MLX does it: "
+                + ", ".join(words),
+                "convert the checkpoint again into an empty folder",
+            )
+
+
+def _are_packed(
+    weight: TensorInfo | None, scales: TensorInfo | None, biases: TensorInfo | None
+) -> bool:
+    """Say whether these are the parts of one packed weight: words, scales, and perhaps biases."""
+    if weight is None or scales is None or weight.dtype != "U32" or not weight.shape:
+        return False
+    if scales.dtype == BLOCK_SCALES:
+        return biases is None and scales.shape[:-1] == weight.shape[:-1]
+    if biases is None or not {scales.dtype, biases.dtype} <= set(FLOATS):
+        return False
+    return scales.shape == biases.shape and scales.shape[:-1] == weight.shape[:-1]
 
 
 def trunk_file(i: int, count: int) -> str:
@@ -96,15 +141,25 @@ def mtp_prefix(args: ModelArgs) -> str:
     return layer_prefix(args.num_hidden_layers)
 
 
-def check_depth(args: ModelArgs, names: Iterable[str]) -> None:
-    """Refuse a number of layers that the tensors do not have, before anything is made of it."""
-    last = layer_prefix(args.num_hidden_layers - 1)
-    if not any(name.startswith(last) for name in names):
+def check_counts(args: ModelArgs, tensors: dict[str, TensorInfo]) -> None:
+    """Refuse numbers of layers and experts that the tensors do not have, before anything is made.
+
+    Everything is planned, listed and allocated by these two.
+    """
+
+    def refuse(name: str, why: str):
         raise UserError(
-            f"config.json has `num_hidden_layers` = `{args.num_hidden_layers}`; no tensor of "
-            f"layer {args.num_hidden_layers - 1} is there",
+            f"config.json has `{name}` = `{getattr(args, name)}`; {why}",
             "the download is incomplete, or config.json is another checkpoint's; fetch both again",
         )
+
+    last = layer_prefix(args.num_hidden_layers - 1)
+    if not any(name.startswith(last) for name in tensors):
+        refuse("num_hidden_layers", f"no tensor of layer {args.num_hidden_layers - 1} is there")
+    for layer in range(args.num_hidden_layers):
+        gate = f"{layer_prefix(layer)}mlp.gate.weight"
+        if gate in tensors and tensors[gate].shape[:1] != (args.n_routed_experts,):
+            refuse("n_routed_experts", f"`{gate}` has shape {list(tensors[gate].shape)}")
 
 
 def record_prefix(layer: int) -> str:
@@ -134,11 +189,11 @@ def read_index(folder: Path) -> dict[str, list[str]]:
         raise UserError(f"`{folder / INDEX}` has no `weight_map`", AGAIN)
     shards = {}
     for tensor, shard in weight_map.items():
-        if not is_file_name(shard):
+        if not is_file_name(shard) or not shard.endswith(".safetensors"):
             raise UserError(
                 f"`{folder / INDEX}` puts `{brief(tensor)}` into `{brief(shard)}`, which is not a "
-                "file name",
-                AGAIN,
+                "safetensors file beside it",
+                "weights lie beside config.json; fetch them again, or move them there",
             )
         shards.setdefault(shard, []).append(tensor)
     return dict(sorted(shards.items()))

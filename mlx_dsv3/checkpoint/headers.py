@@ -32,9 +32,12 @@ DTYPE_BYTES = {
     "I64": 8,
     "U64": 8,
 }
+MAX_TENSORS = 500_000  # of one model; Kimi-K2 has 207,000, packed as records
+MAX_HEADERS_BYTES = 64 << 20  # of all files of one model; those of Kimi-K2 have 31 MB
 MAX_HEADER_BYTES = 16 << 20  # of one file; 0.5 MB for a layer of Kimi-K2, packed as records
 MAX_DIMENSIONS, MAX_DIMENSION = 8, 2**31 - 1  # MLX's sizes are int32; no tensor has more than 4
 MAX_OFFSET = 2**63 - 1  # of files; and Python refuses to print numbers of 4,301 digits
+TOO_MANY = "no model has so many; check where its files come from"
 
 
 class TensorInfo(NamedTuple):
@@ -65,16 +68,16 @@ def parse_header(path: Path, raw: bytes, file_bytes: int) -> dict[str, TensorInf
 
     Raises `UserError` unless they fill a file of `file_bytes` exactly, without holes or overlaps.
     """
-    place = 8 + len(raw)
-    tensors = {
-        name: _entry(path, name, place, entry)
-        for name, entry in parse_json(raw, f"the safetensors header of `{path}`").items()
-        if name != "__metadata__"
-    }
+    place, entries = 8 + len(raw), parse_json(raw, f"the safetensors header of `{path}`")
+    about = entries.pop("__metadata__", None)
+    texts = about.values() if isinstance(about, dict) else [about or ""]
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(f"`__metadata__` in `{path}` holds something else than texts", AGAIN)
+    tensors = {name: _entry(path, name, place, entry) for name, entry in entries.items()}
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if info.offset != place:
             raise UserError(
-                f"`{name}` in `{path}` begins at byte {info.offset:,}; "
+                f"`{brief(name)}` in `{path}` begins at byte {info.offset:,}; "
                 f"the tensor before it ends at byte {place:,}",
                 AGAIN,
             )
@@ -90,15 +93,18 @@ def _entry(path: Path, name: str, data_start: int, entry) -> TensorInfo:
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise UserError(f"`{name}` in `{path}` has the unknown dtype `{brief(dtype)}`", AGAIN)
+        raise UserError(
+            f"`{brief(name)}` in `{path}` has the unknown dtype `{brief(dtype)}`", AGAIN
+        )
     if not _are_sizes(shape, MAX_DIMENSION) or len(shape) > MAX_DIMENSIONS:
-        raise UserError(f"`{name}` in `{path}` has a damaged shape", AGAIN)
+        raise UserError(f"`{brief(name)}` in `{path}` has a damaged shape", AGAIN)
     if not _are_sizes(offsets, MAX_OFFSET) or len(offsets) != 2:
-        raise UserError(f"`{name}` in `{path}` has damaged offsets", AGAIN)
+        raise UserError(f"`{brief(name)}` in `{path}` has damaged offsets", AGAIN)
     nbytes = offsets[1] - offsets[0]
     if nbytes != math.prod(shape) * DTYPE_BYTES[dtype]:
         raise UserError(
-            f"`{name}` in `{path}` has {nbytes:,} bytes, which is not the size of {dtype} {shape}",
+            f"`{brief(name)}` in `{path}` has {nbytes:,} bytes, which is not the size of "
+            f"{dtype} {shape}",
             AGAIN,
         )
     return TensorInfo(path, dtype, tuple(shape), data_start + offsets[0], nbytes)
@@ -118,6 +124,25 @@ def read_raw_header(path: Path) -> tuple[bytes, int]:
         return file.read(header_length(file.read(8), str(path), size)), size
 
 
+def read_raw_headers(folder: Path, names: Iterable[str]) -> dict[str, tuple[bytes, int]]:
+    """Return, by file name, what `read_raw_header` returns, for several files."""
+    headers, total = {}, 0
+    for name in names:
+        headers[name] = read_raw_header(folder / name)
+        total += len(headers[name][0])
+        check_total(total, folder)
+    return headers
+
+
+def check_total(nbytes: int, where: object) -> None:
+    """Refuse to hold more headers than a model has."""
+    if nbytes > MAX_HEADERS_BYTES:
+        raise UserError(
+            f"the headers of `{where}` have more than {MAX_HEADERS_BYTES:,} bytes",
+            TOO_MANY,
+        )
+
+
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Return the tensors of one safetensors file on this machine."""
     return parse_header(path, *read_raw_header(path))
@@ -129,8 +154,14 @@ def join_headers(headers: Iterable[dict[str, TensorInfo]]) -> dict[str, TensorIn
     for header in headers:
         for name, info in header.items():
             if name in tensors:
-                raise UserError(f"`{name}` is in `{tensors[name].path}` and in `{info.path}`")
+                raise UserError(
+                    f"`{brief(name)}` is in `{tensors[name].path}` and in `{info.path}`"
+                )
             tensors[name] = info
+        if len(tensors) > MAX_TENSORS:
+            raise UserError(
+                f"`{info.path}` and the files before it hold {len(tensors):,} tensors", TOO_MANY
+            )
     return tensors
 
 

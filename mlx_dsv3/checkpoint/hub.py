@@ -15,12 +15,16 @@ from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
-from mlx_dsv3.checkpoint.headers import header_length
-from mlx_dsv3.errors import UserError
+from mlx_dsv3.checkpoint.format import is_file_name
+from mlx_dsv3.checkpoint.headers import check_total, header_length
+from mlx_dsv3.errors import UserError, read_text
+from mlx_dsv3.json_files import brief
+from mlx_dsv3.sizes import gigabytes
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FIRST_BYTES = 256 << 10  # one request a shard: headers of V3's shards are about 100 KB
 HEADER_REQUESTS = 8  # at once
+MAX_SMALL_BYTES = 200 * 10**6  # of what is no weight; tokenizers have up to 35 MB
 WAITS_S = (1, 2, 4, 8, 16, 32, 60)
 
 
@@ -49,7 +53,7 @@ def cached_snapshots(repo_id: str) -> list[Path]:
 
     cache = Path(HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="model"))
     ref = cache / "refs" / "main"
-    main = ref.read_text().strip() if ref.is_file() else None
+    main = read_text(ref).strip() if ref.is_file() else None
     found = [path for path in (cache / "snapshots").glob("*") if path.is_dir()]
     return sorted(found, key=lambda path: (path.name != main, -path.stat().st_mtime))
 
@@ -62,23 +66,46 @@ class Repo:
     ):
         from huggingface_hub import HfApi
 
-        self.repo_id, self.revision = repo_id, revision
-        info = self.ask(
-            lambda: HfApi().model_info(repo_id, revision=revision, files_metadata=True), waits
-        )
+        self.repo_id, self.revision, self.header_bytes = repo_id, revision, 0
+        try:
+            info = self.ask(
+                lambda: HfApi().model_info(repo_id, revision=revision, files_metadata=True), waits
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:  # a page, not JSON
+            raise UserError(
+                f"what answered for `{repo_id}` is not the hub: {brief(error)}",
+                "a proxy or a login page may be in between; check the network and HF_ENDPOINT",
+            ) from None
+        files = info.siblings or ()
         self.revision = info.sha
-        self.sizes = {file.rfilename: file.size for file in info.siblings}
-        self.sha256 = {file.rfilename: file.lfs.sha256 for file in info.siblings if file.lfs}
+        self.sizes = {file.rfilename: file.size for file in files}
+        self.sha256 = {file.rfilename: file.lfs.sha256 for file in files if file.lfs}
+        for name, size in self.sizes.items():
+            if type(size) is not int or size < 0 or not self.revision:
+                raise UserError(
+                    f"the hub tells no size of `{brief(name)}` in `{repo_id}`, or no commit",
+                    "fetch the repository with `hf download` and give its folder",
+                )
 
     def small_files(self, patterns: tuple[str, ...]) -> Path:
         """Fetch the files that match into the hub's cache, config.json among them; return where."""
         from huggingface_hub import hf_hub_download
 
         names = [name for name in self.sizes if any(fnmatch(name, p) for p in patterns)]
-        names = [name for name in names if "/" not in name]
+        names = [name for name in names if is_file_name(name)]
         if "config.json" not in names:
-            raise UserError(f"`{self.repo_id}` has no config.json", "give a model's repository")
+            inner = min((name for name in self.sizes if name.endswith("/config.json")), default="")
+            hint = f"it has `{inner}`: `hf download` it and give that folder"
+            raise UserError(
+                f"`{self.repo_id}` has no config.json",
+                hint if inner else "give a model's repository",
+            )
         for name in names:
+            if self.sizes[name] > MAX_SMALL_BYTES:
+                raise UserError(
+                    f"`{name}` in `{self.repo_id}` has {gigabytes(self.sizes[name])}",
+                    "no model has such a file; check the name of the repository",
+                )
             path = self.ask(partial(hf_hub_download, self.repo_id, name, revision=self.revision))
         return Path(path).parent
 
@@ -89,6 +116,8 @@ class Repo:
         length = header_length(first[:8], shard, size)
         if len(first) < 8 + length:
             first = self.read(shard, 0, 8 + length)
+        self.header_bytes += length
+        check_total(self.header_bytes, self.repo_id)
         return first[8 : 8 + length], size
 
     def read(self, shard: str, start: int, count: int) -> bytes:
@@ -205,8 +234,13 @@ def _passing_failure(error: Exception) -> str | None:
         status = error.response.status_code
         if status in (401, 403):
             raise UserError(f"the hub refuses access ({status})", "`hf auth login`") from None
-        return f"status {status}" if status >= 500 or status in (408, 429) else None
-    if isinstance(error, (http.TransportError, errors.LocalEntryNotFoundError, ConnectionError)):
+        if status < 500 and status not in (408, 429):
+            raise UserError(
+                f"the hub refuses a file or a request ({status})",
+                "check the names of repository and revision, then repeat the same command",
+            ) from None
+        return f"status {status}"
+    if isinstance(error, (http.RequestError, errors.LocalEntryNotFoundError, ConnectionError)):
         return "no connection"
     if isinstance(error, OSError) and "Consistency check failed" in str(error):
         return "the connection was cut"

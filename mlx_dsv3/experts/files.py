@@ -123,7 +123,8 @@ class LayerExperts:
         if scales is None:
             return None
         in_blocks = scales.dtype == BLOCK_SCALES
-        return infer_quantization(in_dims, weight.shape[-1], scales.shape[-1], in_blocks)
+        name = f"{self.prefix}*.{projection}.weight"
+        return infer_quantization(in_dims, weight.shape[-1], scales.shape[-1], in_blocks, name)
 
     def requests(self, expert: int) -> tuple[Request, ...]:
         """Return the reads of one expert, in file order, adjacent spans joined."""

@@ -1,0 +1,280 @@
+"""What strangers hand over, through the programs: one sentence, status 2, at once.
+
+Folders whose config.json, index or shards are not what they should be, and answers of servers
+that are not the hub. The readers themselves have test_json_files, test_headers and test_config.
+"""
+
+import json
+import os
+import shutil
+import struct
+import time
+from pathlib import Path
+
+import pytest
+from hub_server import COMMIT, REPO, Hub, know_only, serve
+from mlx_folder import write_mlx
+from tiny import A, D, random_tensors, write_hub
+
+import chat
+from convert.__main__ import main as convert
+from mlx_dsv3.checkpoint import headers
+from mlx_dsv3.errors import run_main
+from mlx_dsv3.load import load_model
+
+INDEX = "model.safetensors.index.json"
+Q4 = {"bits": 4, "group_size": 32, "mode": "affine"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A checkpoint, an MLX folder, and one with packed weights in the older form."""
+    folder = tmp_path_factory.mktemp("made")
+    write_hub(folder / "hub", A)
+    write_mlx(folder / "mlx", A, random_tensors(A))
+    write_mlx(folder / "packed", D, random_tensors(D), packing=Q4, split_kv_b=False)
+    return folder
+
+
+@pytest.fixture
+def folder(made, tmp_path) -> Path:
+    return shutil.copytree(made, tmp_path / "made")
+
+
+def refusal(capsys, main, *argv) -> str:
+    """Run a program; return the one sentence that it says, with its hint."""
+    capsys.readouterr()
+    began = time.monotonic()
+    assert run_main(lambda: main([*map(str, argv)])) == 2
+    error, _, hint = capsys.readouterr().err.partition("\n\nhint: ")
+    assert error.startswith("error: ") and "\n" not in error.strip() and hint.strip()
+    assert time.monotonic() - began < 5
+    return error
+
+
+def load(argv: list[str]) -> None:
+    load_model(argv[0])
+
+
+def edit(path: Path, **values) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize("value", [0, 3_000_000, 10**12])
+@pytest.mark.parametrize("name", ["num_hidden_layers", "n_routed_experts"])
+def test_more_layers_than_memory(folder, capsys, name, value):
+    """Three million layers: names of all their tensors, 5.6 GB, before the first was missed."""
+    edit(folder / "hub" / "config.json", **{name: value})
+    edit(folder / "mlx" / "config.json", **{name: value})
+    words = f"config.json has `{name}` = `{value}`; it takes 1 to "
+    assert words in refusal(capsys, convert, "plan", folder / "hub")
+    assert words in refusal(capsys, chat.main, folder / "mlx", "--plan")
+    assert words in refusal(capsys, load, folder / "mlx")
+
+
+@pytest.mark.parametrize("name, value", [("num_hidden_layers", 900), ("n_routed_experts", 4096)])
+def test_more_layers_than_tensors(folder, capsys, name, value):
+    """Within what a model may have, and more than this one has: 11 million names were listed."""
+    edit(folder / "hub" / "config.json", **{name: value})
+    edit(folder / "mlx" / "config.json", **{name: value})
+    error = refusal(capsys, convert, "plan", folder / "hub")
+    assert (
+        f"`{name}` = `{value}`" in error or "has shape [16, 64]; config.json says [4096, " in error
+    )
+    error = refusal(capsys, load, folder / "mlx")
+    assert f"`{name}` = `{value}`" in error
+
+
+def test_what_is_no_file(folder, capsys):
+    """A pipe was waited for without end, a folder was a traceback."""
+    for name in ("config.json", INDEX, "model-trunk-00001.safetensors", "mtp.safetensors"):
+        path = folder / "mlx" / name
+        path.rename(folder / "kept")
+        for make in (os.mkfifo, os.mkdir):
+            make(path)
+            assert f"{name}` is not a file" in refusal(capsys, chat.main, folder / "mlx", "--plan")
+            path.rmdir() if path.is_dir() else path.unlink()
+        (folder / "kept").rename(path)
+    for path in (min((folder / "hub").glob("*.safetensors")), folder / "hub" / "config.json"):
+        path.unlink()
+        os.mkfifo(path)
+        assert path.name in refusal(capsys, convert, "plan", folder / "hub")
+
+
+@pytest.mark.parametrize("file", ["config.json", INDEX, "mtp.safetensors"])
+def test_what_may_not_be_read(folder, capsys, monkeypatch, file):
+    """The system's refusal names the file; root may read everything, so it is played."""
+
+    def refuse(path, *args, **options):
+        if Path(path).name == file:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *args, **options)
+
+    opened = open
+    monkeypatch.setattr("builtins.open", refuse)
+    error = refusal(capsys, chat.main, folder / "mlx", "--plan")
+    assert f"{file}` cannot be used: permission denied" in error
+
+
+def rewrite_header(path: Path, change) -> None:
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    entries = json.loads(data[8 : 8 + length])
+    change(entries)
+    raw = json.dumps(entries).encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + data[8 + length :])
+
+
+LM_HEAD, NORM, KV_B = "lm_head", "model.norm.weight", "model.layers.0.self_attn.kv_b_proj"
+TRUNK = {
+    "F8_E4M3": ("mlx", NORM, {"dtype": "F8_E4M3", "shape": [128]}),
+    "F64": ("mlx", NORM, {"dtype": "F64", "shape": [16]}),
+    "I16": ("mlx", NORM, {"dtype": "I16"}),
+    "words without scales": ("mlx", f"{LM_HEAD}.weight", {"dtype": "U32", "shape": [160, 32]}),
+    "weights as scales": ("packed", f"{LM_HEAD}.scales", {"dtype": "I16"}),
+    "scales of more rows": ("packed", f"{LM_HEAD}.scales", {"shape": [320, 3]}),
+    "biases of more rows": ("packed", f"{LM_HEAD}.biases", {"shape": [320, 3]}),
+    "scales without rows": ("packed", f"{LM_HEAD}.scales", {"shape": [960]}),
+    "weight without rows": ("packed", f"{LM_HEAD}.weight", {"shape": [3840]}),
+    "bytes as scales": ("packed", f"{LM_HEAD}.scales", {"dtype": "U8", "shape": [160, 12]}),
+    "kv_b of other rows": ("packed", f"{KV_B}.weight", {"shape": [192, 32]}),
+}
+
+
+@pytest.mark.parametrize("case", TRUNK)
+def test_a_trunk_that_mlx_does_not_take(folder, capsys, case):
+    """All bytes are accounted for, and MLX's own words were a traceback, or tokens of nonsense."""
+    where, name, entry = TRUNK[case]
+
+    def change(entries):
+        entries[name] |= entry
+
+    rewrite_header(folder / where / "model-trunk-00001.safetensors", change)
+    assert f"`{name.rpartition('.')[0]}" in refusal(capsys, load, folder / where)
+
+
+@pytest.mark.parametrize("part", ["weight", "scales", "biases"])
+def test_a_part_of_a_packed_weight_is_missing(folder, capsys, part):
+    rewrite_header(
+        folder / "packed" / "model-trunk-00001.safetensors",
+        lambda entries: entries.update({"model.other": entries.pop(f"{LM_HEAD}.{part}")}),
+    )
+    (folder / "packed" / INDEX).unlink()
+    assert f"`{LM_HEAD}` in `" in refusal(capsys, load, folder / "packed")
+
+
+@pytest.mark.parametrize("about", [3, {"a": 1}, {"a": None}, [1]])
+def test_metadata_that_mlx_does_not_take(folder, capsys, about):
+    """MLX reads the header again, and its parser's words were a traceback."""
+    path = folder / "mlx" / "model-trunk-00001.safetensors"
+    rewrite_header(path, lambda entries: entries.update(__metadata__=about))
+    assert "`__metadata__` in" in refusal(capsys, load, folder / "mlx")
+
+
+@pytest.mark.parametrize("file", ["x.gguf", "x", "model.bin", "sub/model.safetensors", ".."])
+def test_an_index_of_other_files(folder, capsys, file):
+    """MLX knows a file's kind by its name, and a subfolder's files were said to be missing."""
+    weight_map = json.loads((folder / "mlx" / INDEX).read_text())["weight_map"]
+    for where, main in (("mlx", chat.main), ("hub", convert)):
+        changed = dict.fromkeys(weight_map, file)
+        edit(folder / where / INDEX, weight_map=changed)
+        argv = [folder / where, "--plan"] if where == "mlx" else ["plan", folder / where]
+        error = refusal(capsys, main, *argv)
+        assert f"into `{file}`, which is not a safetensors file beside it" in error
+
+
+def test_weights_in_a_subfolder(folder, capsys):
+    """Said to be missing, although they are there."""
+    (folder / "mlx" / "sub").mkdir()
+    (folder / "mlx" / INDEX).unlink()
+    for path in (folder / "mlx").glob("model*.safetensors"):
+        path.rename(path.parent / "sub" / path.name)
+    assert run_main(lambda: chat.main([str(folder / "mlx"), "--plan"])) == 2
+    error = capsys.readouterr().err
+    assert "has no weights" in error and "sub/model-" in error
+    assert run_main(lambda: chat.main([str(folder), "--plan"])) == 2
+    error = capsys.readouterr().err
+    assert "has no config.json" in error and f"hint: `{folder / 'hub'}` has one" in error
+
+
+def test_headers_of_all_files_are_bounded(folder, capsys, monkeypatch):
+    """Each header may be good and small, and all of them more than fits into memory."""
+    monkeypatch.setattr(headers, "MAX_HEADERS_BYTES", 30_000)
+    assert "more than 30,000 bytes" in refusal(capsys, convert, "plan", folder / "hub")
+    monkeypatch.setattr(headers, "MAX_TENSORS", 100)
+    for where, main in (("mlx", chat.main), ("hub", convert)):
+        argv = [folder / where, "--plan"] if where == "mlx" else ["plan", folder / where]
+        monkeypatch.setattr(headers, "MAX_HEADERS_BYTES", 64 << 20)
+        assert " tensors" in refusal(capsys, main, *argv)
+
+
+@pytest.fixture
+def server(folder, tmp_path, monkeypatch):
+    with serve(folder / "mlx") as server:
+        know_only(server, tmp_path, monkeypatch)
+        yield server
+
+
+ANSWERS = {
+    "a page": (b"<html>log in</html>", "is not the hub"),
+    "nothing": (b"", "is not the hub"),
+    "a list": (b"[]", "is not the hub"),
+    "an object": (b"{}", "is not the hub"),
+    "no files": ({"siblings": None}, "has no config.json"),
+    "files without sizes": ({"siblings": [{"rfilename": "x.safetensors"}]}, "tells no size of `x"),
+    "files without names": ({"siblings": [{"size": 3}]}, "is not the hub"),
+    "files that are words": ({"siblings": ["config.json"]}, "is not the hub"),
+    "sizes that are words": (
+        {"siblings": [{"rfilename": "config.json", "size": "7"}]},
+        "tells no size of `config.json`",
+    ),
+    "a huge file": (
+        {"siblings": [{"rfilename": "config.json", "size": 10**12}]},
+        "`config.json` in `somebody/tiny-v3` has 1000.0 GB",
+    ),
+    "no commit": ({"sha": None}, "or no commit"),
+    "no shards": ({"siblings": [{"rfilename": "config.json", "size": 7}]}, "no "),
+    "files outside": (
+        {"siblings": [{"rfilename": n, "size": 7} for n in ("../config.json", "..", "a\0b")]},
+        "has no config.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ANSWERS)
+def test_what_is_not_the_hub(server: Hub, capsys, case):
+    """A login page, a mirror that leaves sizes out: each was a traceback."""
+    server.about, words = ANSWERS[case]
+    for main, argv in ((chat.main, [REPO, "--plan"]), (convert, ["plan", REPO])):
+        error = refusal(capsys, main, *argv)
+        assert words in error and REPO in error
+
+
+@pytest.mark.parametrize("status", [301, 400, 404, 410, 503])
+def test_a_hub_that_refuses(server: Hub, capsys, status):
+    """Redirects that lead to themselves, and statuses that no protocol foresees."""
+    server.closed = status
+    assert REPO in refusal(capsys, chat.main, REPO, "--plan") or status in (400, 410)
+
+
+def test_weights_in_a_subfolder_of_a_repository(server: Hub, folder, capsys):
+    """The names of the files matched `model*.safetensors`, and a KeyError ended the program."""
+    inner = folder / "repository" / "models"
+    shutil.copytree(folder / "mlx", inner)
+    (inner / INDEX).unlink()
+    shutil.copy(inner / "config.json", folder / "repository")
+    server.commits[COMMIT] = folder / "repository"
+    assert run_main(lambda: chat.main([REPO, "--plan"])) == 2
+    error = capsys.readouterr().err
+    assert f"`{REPO}` has no weights" in error and "there is `models/m" in error
+    (folder / "repository" / "config.json").unlink()
+    assert run_main(lambda: chat.main([REPO, "--plan"])) == 2
+    error = capsys.readouterr().err
+    assert f"`{REPO}` has no config.json" in error and "it has `models/config.json`" in error
+
+
+def test_a_page_instead_of_a_shard(server: Hub, folder, capsys):
+    """A proxy that answers everything: a header is checked whoever sends it."""
+    shard = folder / "mlx" / "model-trunk-00001.safetensors"
+    shard.write_bytes(b"<html>" + b"x" * 5000)
+    assert "is truncated or not a safetensors file" in refusal(capsys, chat.main, REPO, "--plan")
