@@ -267,8 +267,9 @@ def test_load_names_a_missing_tensor(tmp_path, suffix):
 
 def test_load_refuses_a_wrong_shape(tmp_path):
     """A config of another width."""
-    tiny.write_hub(tmp_path, tiny.A)
-    (tmp_path / "config.json").write_text(json.dumps(tiny.A | {"intermediate_size": 97}))
+    tiny.write_hub(tmp_path, tiny.A, storage="bf16")
+    wide = tiny.A | {"intermediate_size": 97}
+    (tmp_path / "config.json").write_text(json.dumps(wide))
     with pytest.raises(UserError, match=r"mlp.gate_proj.weight` has shape \(96, 64\)"):
         load(tmp_path)
 

@@ -5,6 +5,7 @@ the plain loop. PyTorch's block-scaled matmul (cuBLAS) has these two scale layou
 """
 
 import importlib.util
+import re
 from collections.abc import Callable
 
 import torch
@@ -90,6 +91,25 @@ def probe(name: str, device: str) -> tuple[Operations | None, str]:
     if not difference < AGREEMENT:
         return None, f"it differs from the plain loop by {difference:.1e} (bound {AGREEMENT:.0e})"
     return operations, ""
+
+
+def check_device(device: str) -> None:
+    """Raise `UserError` unless tensors can be made on `device`: `cpu`, `cuda`, `cuda:1`, `mps`."""
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?|mps", device):
+        raise UserError(
+            f"`--device` is `{device}`; the reference runs on `cpu`, `cuda` and `cuda:N`",
+            "leave it out for the first GPU, or the CPU where there is none",
+        )
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:  # which one depends on how torch was built
+        count = torch.cuda.device_count()
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UserError(
+            f"`--device {device}` does not work here, where PyTorch finds {count} NVIDIA GPUs: "
+            f"{reason}",
+            "`--device cpu` runs anywhere",
+        ) from None
 
 
 def choose_operations(name: str, device: str) -> Operations:

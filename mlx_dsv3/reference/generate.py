@@ -18,12 +18,14 @@ from mlx_dsv3.errors import UserError, imports, run_program
 
 with imports(__name__):
     import torch
+    from tokenizers import Tokenizer
     from torch import Tensor
 
-    from mlx_dsv3.options import Parser
+    from mlx_dsv3.options import Parser, number, whole
     from mlx_dsv3.reference import parallel, source, weights
+    from mlx_dsv3.reference.args import Args
     from mlx_dsv3.reference.model import Model
-    from mlx_dsv3.reference.weights import HubTensors
+    from mlx_dsv3.reference.weights import Arithmetic
 
 
 @dataclass
@@ -36,7 +38,10 @@ class Sampler:
 
     def noise(self, position: int, size: int) -> Tensor:
         """Return the Gumbel noise (size,) of one position."""
-        generator = torch.Generator().manual_seed((self.seed << 32) + position)
+        seed = (self.seed << 32) + position
+        if not -(1 << 63) <= seed < 1 << 64:  # all that torch takes
+            seed %= 1 << 64
+        generator = torch.Generator().manual_seed(seed)
         uniform = torch.rand(size, generator=generator, dtype=torch.float64)
         return -torch.log(-torch.log(uniform.clamp_min(1e-300)))
 
@@ -135,54 +140,72 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     source.add_options(parser)
     parser.add_argument("-p", "--prompt", required=True, help="text, with its role tokens")
-    parser.add_argument("--max-tokens", type=int, default=100)
-    parser.add_argument("--temp", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--drafts", type=int, default=0, help="tokens that the MTP module proposes")
+    parser.add_argument("--max-tokens", type=whole("--max-tokens", 1), default=100)
+    parser.add_argument("--temp", type=number("temp"), default=0.0, help="0 is greedy")
+    parser.add_argument("--top-p", type=number("top_p"), default=1.0)
+    parser.add_argument("--seed", type=number("seed"), default=0)
+    parser.add_argument(
+        "--drafts",
+        type=whole("--drafts", 0),
+        default=0,
+        help="tokens that the MTP module proposes",
+    )
     return parser.parse_args(argv)
 
 
-def load(args: argparse.Namespace, folder: Path, config: dict) -> Model:
+def load(folder: Path, arithmetic: Arithmetic) -> Model:
     """Read the checkpoint, or with torchrun this process's part of it."""
-    is_parallel = parallel.num_processes() > 1
-    device = parallel.start(args.device) if is_parallel else args.device
-    arithmetic = source.choose_arithmetic(args, config, device)
-    if is_parallel:
+    if parallel.num_processes() > 1:
         return parallel.load(folder, arithmetic)
     return weights.load(folder, arithmetic=arithmetic)
+
+
+def prompt_ids(args: argparse.Namespace, tokenizer: Tokenizer, config: dict) -> list[int]:
+    """Return the ids of `--prompt`; raise `UserError` where the model cannot continue them."""
+    try:
+        args.prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError("`--prompt` is not text in UTF-8", "check the terminal's LANG") from None
+    ids = source.encode(tokenizer, args.prompt, config)
+    if not ids:
+        raise UserError("`--prompt` is empty", "give a text, as `-p 'Hello!'`")
+    source.check_ids(ids, config, "the prompt", args.max_tokens)
+    return ids
+
+
+def run(args: argparse.Namespace, device: str) -> int:
+    """Open everything that can be refused, then load, generate and print."""
+    tensors, arithmetic = source.open_checkpoint(args, device)
+    config, folder = tensors.config, tensors.folder
+    tokenizer = source.open_tokenizer(folder)
+    ids, eos = prompt_ids(args, tokenizer, config), config.get("eos_token_id")
+    if args.drafts and not Args.from_dict(config).num_nextn_predict_layers:
+        raise UserError(f"`{folder}` has no MTP layer", "drop `--drafts`")
+    stop = eos if isinstance(eos, list) else [eos]
+    counts, sampler = Counts(), Sampler(args.temp, args.top_p, args.seed)
+    settings = {"sampler": sampler, "drafts": args.drafts, "stop": stop, "counts": counts}
+    model, tokens = load(folder, arithmetic), []
+    try:
+        for token in generate(model, ids, args.max_tokens, **settings):
+            tokens.append(token)
+    finally:  # Ctrl-C too: what was said is said
+        if tokens and parallel.rank() == 0:
+            print(tokenizer.decode(tokens))
+    if counts.drafted and parallel.rank() == 0:
+        print(f"{counts.accepted} of {counts.drafted} drafts accepted", file=sys.stderr)
+    return 0
 
 
 @torch.inference_mode()
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    folder = source.resolve(args.source)
-    config = HubTensors(folder).config
-    tokenizer = source.open_tokenizer(folder)
-    model = load(args, folder, config)
-    if args.drafts and not model.args.num_nextn_predict_layers:
-        raise UserError(f"`{folder}` has no MTP layer", "drop `--drafts`")
-    ids, eos = source.encode(tokenizer, args.prompt, config), config.get("eos_token_id")
-    stop = eos if isinstance(eos, list) else [eos]
-    counts, sampler = Counts(), Sampler(args.temp, args.top_p, args.seed)
-    tokens = list(
-        generate(
-            model,
-            ids,
-            args.max_tokens,
-            sampler=sampler,
-            drafts=args.drafts,
-            stop=stop,
-            counts=counts,
-        )
-    )
-    if parallel.num_processes() == 1 or torch.distributed.get_rank() == 0:
-        print(tokenizer.decode(tokens))
-        if counts.drafted:
-            print(f"{counts.accepted} of {counts.drafted} drafts accepted", file=sys.stderr)
-    if parallel.num_processes() > 1:
+    if parallel.num_processes() == 1:
+        return run(args, args.device)
+    device = parallel.start(args.device)
+    try:
+        return run(args, device)
+    finally:
         torch.distributed.destroy_process_group()
-    return 0
 
 
 if __name__ == "__main__":

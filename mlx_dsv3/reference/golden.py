@@ -11,22 +11,19 @@
                                       what its block reads and `.norm` what the head reads
 
 States have the dtype of the arithmetic, statistics are float32. Everything that says where the
-numbers come from is in the metadata. While recording, each layer is a file of its own.
+numbers come from is in the metadata. `work.py` keeps each layer until the file is written.
 """
 
 import json
-import os
-import shutil
 import struct
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from mlx_dsv3.reference.files import DTYPES, Entry, read_header, written
 from mlx_dsv3.reference.stream import HeadStatistics, LayerStates
-from mlx_dsv3.reference.weights import DTYPES, read_header
 
 FORMAT = 1
 COPY_BYTES = 64 << 20
@@ -72,17 +69,18 @@ def head_entries(prefix: str, head: HeadStatistics, num_targets: int) -> dict[st
 
 def save_atomically(entries: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Write a safetensors file that is either whole or absent."""
-    partial = path.with_name(path.name + ".tmp")
-    save_file(entries, partial, metadata)
-    os.replace(partial, path)
+    with written(path) as file:
+        file.write(save(entries, metadata))
 
 
-def join_files(parts: list[Path], out: Path, metadata: dict[str, str]) -> None:
+def join_files(parts: list[Path], out: Path, metadata: dict[str, str], partial: Path) -> None:
     """Copy the tensors of several files into one, without holding them in memory."""
     words = {dtype: word for word, dtype in DTYPES.items()}
     header, entries, end = {"__metadata__": metadata}, [], 0
     for path in parts:
-        for name, entry in sorted(read_header(path)[1].items(), key=lambda item: item[1].start):
+        for name, entry in sorted(
+            read_header(path).entries.items(), key=lambda item: item[1].start
+        ):
             place = [end, end + entry.nbytes]
             header[name] = {
                 "dtype": words[entry.dtype],
@@ -93,59 +91,22 @@ def join_files(parts: list[Path], out: Path, metadata: dict[str, str]) -> None:
             end += entry.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    partial = out.with_name(out.name + ".tmp")
-    with open(partial, "wb") as file:
+    with written(out, partial) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for entry in entries:
             with open(entry.path, "rb") as source:
                 source.seek(entry.start)
                 copy_bytes(source, file, entry.nbytes)
-    os.replace(partial, out)
+
+
+def in_order(entries: dict[str, Entry]) -> list[tuple[str, Entry]]:
+    """Return the tensors of a file as they lie in it."""
+    return sorted(entries.items(), key=lambda item: item[1].start)
 
 
 def copy_bytes(source, target, nbytes: int) -> None:
     while nbytes:
         chunk = source.read(min(nbytes, COPY_BYTES))
+        assert chunk, f"{source.name} became shorter"
         target.write(chunk)
         nbytes -= len(chunk)
-
-
-class WorkFolder:
-    """`GOLDEN.partial`: settings, one file for each finished layer, and the latest states.
-
-    A layer's file is renamed into place before the states that follow it, so what is found after
-    an interruption is always a state and every layer before it.
-    """
-
-    def __init__(self, golden: Path):
-        self.path = golden.with_name(golden.name + ".partial")
-
-    def begin(self, settings: dict) -> dict | None:
-        """Return None for a new recording or one of these settings, else the settings found."""
-        file = self.path / "settings.json"
-        if not file.is_file():
-            self.path.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(settings, indent=2), encoding="utf-8")
-        found = json.loads(file.read_text(encoding="utf-8"))
-        return None if found == settings else found
-
-    def save(self, step: int, entries: dict[str, Tensor], states: dict[str, Tensor]) -> None:
-        """Keep what step `step` recorded, and the states that step + 1 needs."""
-        save_atomically(entries, self.path / f"step-{step:05d}.safetensors", {"format": "pt"})
-        whole = {name: state.cpu().contiguous() for name, state in states.items()}
-        save_atomically(whole, self.path / "states.safetensors", {"next": str(step + 1)})
-
-    def resume(self) -> tuple[int, dict[str, Tensor]]:
-        """Return the next step and its states; step 0 has none."""
-        file = self.path / "states.safetensors"
-        if not file.is_file():
-            return 0, {}
-        with safe_open(file, "pt") as states:
-            step = int(states.metadata()["next"])
-            return step, {name: states.get_tensor(name) for name in states.keys()}
-
-    def steps(self) -> list[Path]:
-        return sorted(self.path.glob("step-*.safetensors"))
-
-    def remove(self) -> None:
-        shutil.rmtree(self.path)

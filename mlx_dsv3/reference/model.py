@@ -11,111 +11,14 @@ FP8 or tokenizers (`weights.py`, `fp8.py`).
 """
 
 import math
-from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlx_dsv3.errors import UserError
+from mlx_dsv3.reference.args import Args
 
 LORA_NORM_EPS = 1e-6  # q_a_layernorm and kv_a_layernorm never see `rms_norm_eps`
-# What this code computes without asking; a config that says otherwise is refused. Null is absent.
-FIXED = {
-    "hidden_act": "silu",
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "tie_word_embeddings": False,
-    "partial_rotary_factor": 1,
-    "use_sliding_window": False,
-    "sliding_window": None,
-    "index_topk": None,  # the indexer of DeepSeek-V3.2
-    "index_n_heads": None,
-    "index_head_dim": None,
-    "gated_attention": False,  # Instella
-    "farskip": False,
-}
-ROPE_SETTINGS = {"type", "rope_type", "rope_theta", "partial_rotary_factor", "factor"}
-ROPE_SETTINGS |= {"original_max_position_embeddings", "beta_fast", "beta_slow", "truncate"}
-ROPE_SETTINGS |= {"mscale", "mscale_all_dim", "attention_factor"}
-
-
-@dataclass
-class Args:
-    """The fields of the hub's config.json that change the arithmetic, under their hub names.
-
-    Defaults are those of DeepSeek's configuration_deepseek.py; its model has no MTP module.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    moe_intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    kv_lora_rank: int
-    qk_nope_head_dim: int
-    qk_rope_head_dim: int
-    v_head_dim: int
-    n_routed_experts: int
-    num_experts_per_tok: int
-    q_lora_rank: int | None = 1536
-    n_shared_experts: int | None = 1
-    n_group: int = 8
-    topk_group: int = 4
-    first_k_dense_replace: int = 3
-    moe_layer_freq: int = 1
-    norm_topk_prob: bool = True
-    routed_scaling_factor: float = 2.5
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    rope_scaling: dict | None = None
-    rope_interleave: bool = True
-    num_nextn_predict_layers: int = 0
-
-    @classmethod
-    def from_dict(cls, config: dict) -> "Args":
-        """Take a hub config, in its own form or the one that transformers 5 writes.
-
-        Raises `UserError` for a setting that would change the arithmetic and is not known here.
-        """
-        refuse_unknown(config)
-        config = dict(config)
-        rope = config["rope_scaling"] = config.get("rope_scaling") or config.get("rope_parameters")
-        if rope:
-            config["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", cls.rope_theta))
-        if config.get("n_group", 1) is None:
-            config["n_group"] = config["topk_group"] = 1
-        config.setdefault("num_nextn_predict_layers", config.get("num_mtp_layers", 0))
-        config["num_nextn_predict_layers"] = config["num_nextn_predict_layers"] or 0
-        known = {field.name for field in fields(cls)}
-        return cls(**{key: value for key, value in config.items() if key in known})
-
-    @property
-    def yarn(self) -> dict | None:
-        """The rope scaling where it is yarn, with what its absent keys mean, else None."""
-        scaling = self.rope_scaling or {}
-        if (scaling.get("rope_type") or scaling.get("type")) != "yarn":
-            return None
-        given = {key: value for key, value in scaling.items() if value is not None}
-        return {"beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 0.0} | given
-
-
-def refuse_unknown(config: dict) -> None:
-    """Raise `UserError` for a setting whose arithmetic is not written down below."""
-    where = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    rope = config.get(where) or {}
-    kind = rope.get("rope_type") or rope.get("type")
-    refused = {name: config[name] for name in FIXED if config.get(name) not in (None, FIXED[name])}
-    refused |= {f"{where}.{key}": rope[key] for key in rope if key not in ROPE_SETTINGS}
-    if kind not in (None, "default", "yarn"):
-        refused[f"{where}.type"] = kind
-    if rope.get("partial_rotary_factor") not in (None, 1):
-        refused[f"{where}.partial_rotary_factor"] = rope["partial_rotary_factor"]
-    for name, value in refused.items():
-        raise UserError(f"config.json has `{name}` = `{value}`; the reference does not know it")
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
@@ -398,12 +301,16 @@ class MTPLayer(DecoderLayer):
         return self.shared_head.norm(super().forward(self.pairs(embedding, g), cache))
 
 
+def is_moe_layer(args: Args, i: int) -> bool:
+    """Say whether layer i of the decoder has routed experts."""
+    return i >= args.first_k_dense_replace and i % args.moe_layer_freq == 0
+
+
 def make_layer(args: Args, i: int) -> DecoderLayer:
     """Return layer i of the checkpoint, untrained; those after the decoder's are MTP modules."""
     if i >= args.num_hidden_layers:
         return MTPLayer(args)
-    is_moe = i >= args.first_k_dense_replace and i % args.moe_layer_freq == 0
-    return DecoderLayer(args, is_moe)
+    return DecoderLayer(args, is_moe_layer(args, i))
 
 
 class Decoder(nn.Module):

@@ -18,24 +18,35 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mlx_dsv3.errors import UserError
+from mlx_dsv3.reference.args import Args
+from mlx_dsv3.reference.backends import check_device
 from mlx_dsv3.reference.fp8 import BLOCK, dequantize
-from mlx_dsv3.reference.model import Args, Model, MoE, add_expert, at_least_float32
-from mlx_dsv3.reference.weights import Arithmetic, HubTensors, Stored, fill
+from mlx_dsv3.reference.model import Model, MoE, add_expert, at_least_float32
+from mlx_dsv3.reference.weights import Arithmetic, HubTensors, Stored, check_tensors, fill
 
 
 def num_processes() -> int:
     """Return how many processes torchrun started, 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    count = os.environ.get("WORLD_SIZE", "1")
+    return int(count) if count.isdecimal() else 1
+
+
+def rank() -> int:
+    """Return which of them this is."""
+    return dist.get_rank() if num_processes() > 1 else 0
 
 
 def start(device: str) -> str:
     """Join the processes that torchrun started; return this one's device."""
+    if "LOCAL_RANK" not in os.environ:
+        hint = "start it with `torchrun --nproc-per-node N`, or unset WORLD_SIZE"
+        raise UserError("WORLD_SIZE is set, and no torchrun started this process", hint)
+    if device.startswith("cuda"):
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        check_device(device)
+        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    if not device.startswith("cuda"):
-        return device
-    local = int(os.environ["LOCAL_RANK"])
-    torch.cuda.set_device(local)
-    return f"cuda:{local}"
+    return device
 
 
 class SummedLinear(nn.Module):
@@ -108,6 +119,7 @@ def load(folder: str | Path, arithmetic: Arithmetic) -> Model:
     if tensors.block != BLOCK:
         raise UserError(f"`{folder}` has FP8 blocks of {tensors.block}; only {BLOCK} is divided")
     args = Args.from_dict(tensors.config)
+    check_tensors(tensors, args)
     heads = share_of(args.num_attention_heads, "heads")
     experts = share_of(args.n_routed_experts, "experts")
     widths = {  # rows or columns of one head

@@ -17,40 +17,61 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from mlx_dsv3.errors import UserError, imports, run_program
+from mlx_dsv3.errors import UserError, imports, read_text, run_program
 
 with imports(__name__):
     import torch
     from torch import Tensor
 
-    from mlx_dsv3.options import Parser
+    from mlx_dsv3.options import Parser, whole
     from mlx_dsv3.reference import golden, source
-    from mlx_dsv3.reference.stream import Stream
+    from mlx_dsv3.reference.files import parse_json
+    from mlx_dsv3.reference.stream import TOP, Stream
     from mlx_dsv3.reference.weights import HubTensors
+    from mlx_dsv3.reference.work import WorkFolder
 
 NUM_POSITIONS = 16  # positions whose states are kept with `--states sampled`
+LEAST_TOKENS = 3  # the MTP module's only pair then has a target
 
 
-def read_prompt(file: Path, folder: Path, config: dict, max_tokens: int | None) -> Tensor:
-    """Return the ids of a text file (BOS in front, unless it is there), or of a JSON list of ids.
+def read_prompt(file: Path) -> str | list[int]:
+    """Return the text of a file, or the token ids of a `.json` file.
 
-    Raises `UserError` for what cannot be recorded.
+    Raises `UserError` for what is neither.
     """
     if not file.is_file():
         raise UserError(
             f"`{file}` is not a file", "give a text file, or a `.json` list of token ids"
         )
-    text = file.read_text(encoding="utf-8")
-    if file.suffix == ".json":
-        ids = json.loads(text)
-    else:
-        ids = source.encode(source.open_tokenizer(folder), text, config)
-    ids = ids[:max_tokens]
-    if len(ids) < 3:
-        raise UserError(f"`{file}` has {len(ids)} tokens; a recording needs 3")
-    if not all(isinstance(i, int) and 0 <= i < config["vocab_size"] for i in ids):
-        raise UserError(f"`{file}` holds ids outside the vocabulary of {config['vocab_size']}")
-    return torch.tensor(ids)
+    text = read_text(file)
+    if file.suffix != ".json":
+        return text
+    ids = parse_json(text, file)
+    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+        hint = "a `.json` file is read as `[0, 40, 41]`; give a text under another name"
+        raise UserError(f"`{file}` is not a list of token ids", hint)
+    return ids
+
+
+def prompt_ids(args: argparse.Namespace, prompts: list, tensors: HubTensors) -> list[Tensor]:
+    """Return the ids of what `read_prompt` gave, BOS in front of texts unless it is there.
+
+    Raises `UserError` for what cannot be recorded.
+    """
+    texts = any(isinstance(prompt, str) for prompt in prompts)
+    tokenizer, found = source.open_tokenizer(tensors.folder) if texts else None, []
+    for file, prompt in zip(args.prompt_file, prompts, strict=True):
+        is_text = isinstance(prompt, str)
+        ids = source.encode(tokenizer, prompt, tensors.config) if is_text else prompt
+        ids = ids[: args.max_tokens]
+        if len(ids) < LEAST_TOKENS:
+            raise UserError(
+                f"`{file}` has {len(ids)} tokens; a recording needs {LEAST_TOKENS}",
+                "give a longer text; a few hundred tokens are enough",
+            )
+        source.check_ids(ids, tensors.config, f"`{file}`")
+        found.append(torch.tensor(ids))
+    return found
 
 
 def code_version() -> str:
@@ -83,7 +104,7 @@ def device_name(device: str) -> str:
 class Recording:
     """One run: prompts, the stream, and the work folder that makes it resumable."""
 
-    def __init__(self, stream: Stream, prompts: list[Tensor], work: golden.WorkFolder, count):
+    def __init__(self, stream: Stream, prompts: list[Tensor], work: WorkFolder, count):
         self.stream, self.prompts, self.work = stream, prompts, work
         self.positions = [golden.sample_positions(len(ids), count) for ids in prompts]
         self.durations: list[float] = []
@@ -122,6 +143,7 @@ class Recording:
                 entries[f"{p}.ids"] = ids.int()
                 entries[f"{p}.positions"] = self.positions[p].int()
         result = self.stream.layer(i, states)
+        check_finite(f"the states after layer {i}", result.mlp)
         entries |= golden.layer_entries(f"layers.{i}", result, self.positions)
         self.work.save(i, entries, {f"h.{p}": h for p, h in enumerate(result.mlp)})
         return [h[None] for h in result.mlp]
@@ -129,6 +151,7 @@ class Recording:
     def mtp(self, states: list[Tensor], g: list[Tensor]) -> list[Tensor]:
         pairs = [each[:, :-1] for each in g]
         inputs, result, f = self.stream.mtp(pairs, [ids[1:] for ids in self.prompts])
+        check_finite("the states of the MTP module", [x[0] for x in f])
         entries = golden.state_entries("mtp.input", [x[0] for x in inputs], self.positions)
         entries |= golden.layer_entries("mtp", result, self.positions)
         entries |= golden.state_entries("mtp.norm", [x[0] for x in f], self.positions)
@@ -150,8 +173,8 @@ class Recording:
             if f:
                 mtp = statistics[num_prompts + p]
                 entries |= golden.head_entries(f"{p}.mtp.", mtp, len(ids) - 2)
-        last = self.work.path / "step-head.safetensors"
-        golden.save_atomically(entries, last, {"format": "pt"})
+        check_finite("the logits", [each.logsumexp for each in statistics])
+        self.work.save_head(entries)
 
     def report(self, i: int, seconds: float) -> None:
         """Print one line for a finished layer, with the time that is left."""
@@ -167,12 +190,21 @@ class Recording:
         )
 
 
+def check_finite(what: str, tensors: list[Tensor]) -> None:
+    """Raise `UserError` for NaN and infinity: no later number would mean anything."""
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise UserError(
+            f"{what} are not all finite numbers",
+            "a weight or a scale is damaged: compare the sha256 of the shards with the hub's",
+        )
+
+
 def describe(args: argparse.Namespace, tensors: HubTensors, arithmetic) -> dict[str, str]:
     """Return the metadata of a golden file: what was recorded, from what, by what, on what."""
     name = Path(args.source).name if Path(args.source).is_absolute() else args.source
     return {
         "format": str(golden.FORMAT),
-        "model": name,
+        "model": printable(name),
         "source_sha256": tensors.source_sha256(),
         "headers_sha256": tensors.headers_sha256(),
         "arithmetic": arithmetic.name,
@@ -182,50 +214,59 @@ def describe(args: argparse.Namespace, tensors: HubTensors, arithmetic) -> dict[
         "device": device_name(args.device),
         "torch": torch.__version__,
         "commit": code_version(),
+        "prompts": json.dumps([printable(Path(file).name) for file in args.prompt_file]),
     }
 
 
-def record(args: argparse.Namespace) -> dict[str, str]:
+def printable(name: str) -> str:
+    """Return a file's name without what a reader of the recording would refuse to print."""
+    return "".join(c if c.isprintable() else "?" for c in name)
+
+
+def record(args: argparse.Namespace, work: WorkFolder) -> dict[str, str]:
     """Carry out one recording and return its metadata."""
-    out = Path(args.golden)
-    if out.exists():
-        raise UserError(f"`{out}` exists", "remove it, or choose another name")
-    folder = source.resolve(args.source)
-    tensors = HubTensors(folder)
-    arithmetic = source.choose_arithmetic(args, tensors.config, args.device)
-    prompts = [
-        read_prompt(Path(file), folder, tensors.config, args.max_tokens)
-        for file in args.prompt_file
-    ]
+    prompts = [read_prompt(Path(file)) for file in args.prompt_file]
+    tensors, arithmetic = source.open_checkpoint(args, args.device)
+    prompts = prompt_ids(args, prompts, tensors)
     stream = Stream(tensors, arithmetic)
-    metadata = describe(args, tensors, arithmetic)
-    metadata["prompts"] = json.dumps([Path(file).name for file in args.prompt_file])
-    metadata["config"] = json.dumps(asdict(stream.args))
-    ids = hashlib.sha256(json.dumps([p.tolist() for p in prompts]).encode()).hexdigest()
-    work = golden.WorkFolder(out)
-    settings = {key: metadata[key] for key in ("source_sha256", "arithmetic", "matmul", "states")}
-    settings |= {"ids_sha256": ids, "device": args.device}
-    if found := work.begin(settings):
-        key = next(key for key in settings if found.get(key) != settings[key])
-        raise UserError(
-            f"`{work.path}` holds a recording with another `{key}`: "
-            f"`{found.get(key)}`; this run asks for `{settings[key]}`",
-            "repeat the first command to resume it, or remove that folder",
-        )
     try:
+        metadata = describe(args, tensors, arithmetic)
+        metadata["config"] = json.dumps(asdict(stream.args))
+        ids = json.dumps([ids.tolist() for ids in prompts])
+        metadata["ids_sha256"] = hashlib.sha256(ids.encode()).hexdigest()
+        kept = ("source_sha256", "arithmetic", "matmul", "states", "ids_sha256")
+        settings = {key: metadata[key] for key in kept}
+        work.begin(settings | {"device": args.device}, stream.num_layers)
+        if work.is_finished(settings):
+            work.remove()
+            return metadata
         count = NUM_POSITIONS if args.states == "sampled" else None
+        work.check_space(recorded_bytes(stream, prompts, count))
         Recording(stream, prompts, work, count).run()
     finally:
         stream.close()
-    golden.join_files(work.steps(), out, metadata)
-    work.remove()
+    work.finish(metadata)
     return metadata
+
+
+def recorded_bytes(stream: Stream, prompts: list[Tensor], count: int | None) -> int:
+    """Return about how many bytes a recording takes while it is made, twice its own among them."""
+    args, each = stream.args, stream.arithmetic.dtype.itemsize * stream.args.hidden_size
+    total = 0
+    for ids in prompts:
+        states = len(golden.sample_positions(len(ids), count)) * each
+        router = len(ids) * (2 * args.num_experts_per_tok + 4)
+        head = 2 * len(ids) * (8 * TOP + 8)
+        total += 2 * (stream.num_layers * (2 * states + router) + 4 * states + head)
+        total += 4 * len(ids) * each  # the latest states and those before them, g and f
+    return total
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m mlx_dsv3.reference.record", description=__doc__.split("\n")[0])
     source.add_options(parser)
-    parser.add_argument("golden", metavar="GOLDEN", help="safetensors file to write")
+    golden_help = "file to write, in safetensors' format under any name; parity reads it"
+    parser.add_argument("golden", metavar="GOLDEN", help=golden_help)
     parser.add_argument(
         "--prompt-file",
         action="append",
@@ -234,14 +275,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     kept = f"positions whose states are kept: {NUM_POSITIONS} of them, or all"
     parser.add_argument("--states", choices=("sampled", "all"), default="sampled", help=kept)
-    parser.add_argument("--max-tokens", type=int, help="cut each prompt after so many tokens")
+    parser.add_argument(
+        "--max-tokens",
+        type=whole("--max-tokens", LEAST_TOKENS),
+        help="cut each prompt after so many tokens",
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    with torch.inference_mode():
-        metadata = record(args)
+    work = WorkFolder(Path(args.golden))
+    try:
+        work.lock()
+        with torch.inference_mode():
+            metadata = record(args, work)
+    finally:
+        work.close()
     size, num = Path(args.golden).stat().st_size / 1e6, len(args.prompt_file)
     print(
         f"`{args.golden}` holds {num} prompt{'s' * (num > 1)}, {size:.1f} MB: "

@@ -16,16 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mlx_dsv3.reference.args import Args
 from mlx_dsv3.reference.model import (
     MLP,
-    Args,
     DecoderLayer,
     MoE,
     RMSNorm,
     add_expert,
     make_layer,
 )
-from mlx_dsv3.reference.weights import Arithmetic, HubTensors, Stored, fill
+from mlx_dsv3.reference.weights import Arithmetic, HubTensors, Stored, check_tensors, fill
 
 SCORE_BYTES = 256 << 20  # float32 scores of one chunk of queries; about three copies are alive
 EXPERT_BYTES = 256 << 20  # stored bytes of the experts read at once
@@ -88,6 +88,7 @@ class Stream:
     def __init__(self, tensors: HubTensors, arithmetic: Arithmetic):
         self.tensors, self.arithmetic = tensors, arithmetic
         self.args = Args.from_dict(tensors.config)
+        check_tensors(tensors, self.args)
         self.reader = Reader(tensors)
 
     def close(self) -> None:

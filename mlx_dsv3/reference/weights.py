@@ -7,9 +7,7 @@ and read with plain reads: a mapped shard would count as memory of this process.
 """
 
 import hashlib
-import json
-import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,23 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from mlx_dsv3.errors import UserError
+from mlx_dsv3.reference.args import Args, block_size
+from mlx_dsv3.reference.files import Entry, Header, read_bytes, read_header, read_object
 from mlx_dsv3.reference.fp8 import BLOCK, PLAIN, Fp8Linear, Operations
-from mlx_dsv3.reference.model import Args, Model
+from mlx_dsv3.reference.model import Model, is_moe_layer, make_layer
 
 SCALE_SUFFIX = "_scale_inv"
 SINGLE_FILE = "model.safetensors"
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "U8": torch.uint8,
-}
+MTP_COPIES = ("embed_tokens.weight", "shared_head.head.weight")  # of the main model's
+INDEX = "model.safetensors.index.json"
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("fp8", "bf16", "float32")
 
 
@@ -77,16 +68,6 @@ def arithmetic_of(
     return Arithmetic(name, dtype, device, quantization.get("scale_fmt") == "ue8m0", operations)
 
 
-class Entry(NamedTuple):
-    """Where a tensor lies in its shard."""
-
-    path: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    nbytes: int
-
-
 class Stored(NamedTuple):
     """A tensor as stored, with the scales of an FP8 weight."""
 
@@ -94,82 +75,52 @@ class Stored(NamedTuple):
     scale: Tensor | None = None
 
 
-def read_header(path: Path) -> tuple[bytes, dict[str, Entry]]:
-    """Return the raw header of a safetensors file and its tensors."""
-    with open(path, "rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        raw = file.read(length)
-    if len(prefix) < 8 or len(raw) < length:
-        raise UserError(f"`{path.name}` is cut off within its header", "download it again")
-    entries = {}
-    for name, info in json.loads(raw).items():
-        if name != "__metadata__":
-            begin, end = info["data_offsets"]
-            dtype, shape = DTYPES.get(info["dtype"]), tuple(info["shape"])
-            entries[name] = Entry(path, dtype, shape, 8 + length + begin, end - begin)
-    return raw, entries
-
-
 class HubTensors:
     """The tensors of a hub folder by name, read when asked for."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        if not (self.folder / "config.json").is_file():
+        if not self.folder.is_dir():
+            raise UserError(f"`{folder}` is not a folder", "give the folder of a hub checkpoint")
+        if not (self.folder / "config.json").exists():
             raise UserError(f"`{folder}` has no config.json", "give the folder of a hub checkpoint")
-        self.config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            self.shard_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        else:
-            self.shard_of = dict.fromkeys(self._header(SINGLE_FILE)[1], SINGLE_FILE)
-        quantization = self.config.get("quantization_config") or {}
-        self.block = quantization.get("weight_block_size", [128, 128])[0]
+        self.config = read_object(self.folder / "config.json")
+        self.block = block_size(self.config)
         self._headers = {}
+        index = self.folder / INDEX
+        if index.exists():
+            self.shard_of = read_index(index)
+        else:
+            self.shard_of = dict.fromkeys(self._header(SINGLE_FILE).entries, SINGLE_FILE)
 
-    def _header(self, shard: str) -> tuple[bytes, dict[str, Entry]]:
-        if not (self.folder / shard).is_file():
-            raise UserError(f"`{shard}` is missing from `{self.folder}`", "download it again")
-        return read_header(self.folder / shard)
+    def _header(self, shard: str) -> Header:
+        if shard not in self._headers:
+            if not (self.folder / shard).exists():
+                raise UserError(f"`{shard}` is missing from `{self.folder}`", "download it again")
+            self._headers[shard] = read_header(self.folder / shard)
+        return self._headers[shard]
 
     def entry(self, name: str) -> Entry:
         """Return where a tensor lies; raise `UserError` when no shard has it."""
         shard = self.shard_of.get(name)
-        if shard is not None and shard not in self._headers:
-            self._headers[shard] = self._header(shard)
-        if shard is None or name not in self._headers[shard][1]:
+        if shard is None or name not in self._header(shard).entries:
             raise UserError(
                 f"`{name}` is in none of the shards of `{self.folder}`",
                 "the download looks incomplete; "
                 f"`python -m convert plan {self.folder}` lists what is missing",
             )
-        return self._headers[shard][1][name]
-
-    def _read(self, entry: Entry, start: int, nbytes: int) -> Tensor:
-        """Return bytes of a tensor as a flat tensor of its dtype."""
-        if entry.dtype is None:
-            raise UserError(f"`{entry.path.name}` holds tensors of a dtype that is not known here")
-        buffer = bytearray(nbytes)
-        with open(entry.path, "rb", buffering=0) as file:
-            file.seek(entry.start + start)
-            view, done = memoryview(buffer), 0
-            while done < nbytes and (count := file.readinto(view[done:])):
-                done += count
-        if done < nbytes:
-            raise UserError(f"`{entry.path.name}` is cut off", "download it again")
-        return torch.frombuffer(buffer, dtype=entry.dtype)
+        return self._header(shard).entries[name]
 
     def raw(self, name: str) -> Tensor:
         """Return a tensor as stored."""
         entry = self.entry(name)
-        return self._read(entry, 0, entry.nbytes).view(entry.shape)
+        return read_bytes(entry, 0, entry.nbytes).view(entry.shape)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return rows [start, stop) of a matrix as stored."""
         entry = self.entry(name)
         row_bytes = entry.nbytes // entry.shape[0]
-        rows = self._read(entry, start * row_bytes, (stop - start) * row_bytes)
+        rows = read_bytes(entry, start * row_bytes, (stop - start) * row_bytes)
         return rows.view(stop - start, *entry.shape[1:])
 
     def stored(self, name: str) -> Stored:
@@ -185,7 +136,7 @@ class HubTensors:
         """Return the digest of all shards' names, sizes and headers, as conversion.json has it."""
         digest = hashlib.sha256()
         for shard in sorted(set(self.shard_of.values())):
-            raw, size = self._header(shard)[0], (self.folder / shard).stat().st_size
+            raw, size = self._header(shard).raw, (self.folder / shard).stat().st_size
             digest.update(f"{shard} {size} ".encode() + raw)
         return digest.hexdigest()
 
@@ -195,9 +146,96 @@ class HubTensors:
         for name in sorted(self.shard_of):
             entry = self.entry(name)
             if len(entry.shape) == 1:
-                values = self._read(entry, 0, entry.nbytes)
+                values = read_bytes(entry, 0, entry.nbytes)
                 digest.update(name.encode() + bytes(values.view(torch.uint8).tolist()))
         return digest.hexdigest()
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Return tensor -> shard of an index; raise `UserError` unless shards are names of files."""
+    weight_map = read_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"`{path}` has no `weight_map`", "fetch the file again")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise UserError(
+                f"`{path}` puts `{name}` into `{shard}`, which is not a file name",
+                "fetch the file again",
+            )
+    return weight_map
+
+
+def check_tensors(tensors: HubTensors, args: Args) -> None:
+    """Refuse a checkpoint that lacks a tensor of this model, has it in another form, or has more.
+
+    Looks at headers alone, a layer at a time, before hours of work. A tensor too many, such as a
+    bias, belongs to an arithmetic that is not this one.
+    """
+    with torch.device("meta"):
+        outer = Model(replace(args, num_hidden_layers=0, num_nextn_predict_layers=0))
+    known, kinds = check_forms(tensors, forms(outer), ""), {}
+    for i in range(args.num_hidden_layers + args.num_nextn_predict_layers):
+        kind = (i >= args.num_hidden_layers, is_moe_layer(args, i))
+        if kind not in kinds:  # 256 experts take 0.4 s to make
+            with torch.device("meta"):
+                kinds[kind] = forms(make_layer(args, i))
+        known |= check_forms(tensors, kinds[kind], f"model.layers.{i}.")
+    for copy in MTP_COPIES if args.num_nextn_predict_layers else ():
+        known.add(f"model.layers.{args.num_hidden_layers}.{copy}")
+    for name in tensors.shard_of:
+        if name not in known and not name.endswith("rotary_emb.inv_freq"):
+            raise UserError(
+                f"the shards hold `{name}`, which the model of config.json does not have",
+                "config.json and shards belong to different checkpoints; fetch both again",
+            )
+
+
+def forms(module: nn.Module) -> list[tuple[str, tuple[int, ...], bool]]:
+    """Return name and shape of a module's tensors, and whether each may be FP8: in linear layers.
+
+    lm_head is one, but is never FP8 and read by rows.
+    """
+    linear = {f"{name}.weight" for name, m in module.named_modules() if isinstance(m, nn.Linear)}
+    linear.discard("lm_head.weight")
+    return [(name, tuple(p.shape), name in linear) for name, p in module.state_dict().items()]
+
+
+def check_forms(tensors: HubTensors, wanted: list, prefix: str) -> set[str]:
+    """Compare what the shards hold with `forms`; return the names, with those of scales."""
+    known = set()
+    for name, shape, may_be_fp8 in wanted:
+        name, entry = prefix + name, tensors.entry(prefix + name)
+        known.add(name)
+        if entry.shape != shape:
+            raise UserError(
+                f"`{name}` has shape {entry.shape}; config.json says {shape}",
+                "config.json and shards belong to different checkpoints; fetch both again",
+            )
+        if entry.dtype == torch.float8_e4m3fn and may_be_fp8:
+            known.add(check_scale(tensors, name, shape))
+        elif entry.dtype not in FLOATS:
+            raise UserError(
+                f"`{name}` is `{entry.dtype}`, which it is in no checkpoint of this family",
+                "look on the hub for the FP8 or BF16 form of this checkpoint",
+            )
+    return known
+
+
+def check_scale(tensors: HubTensors, name: str, shape: tuple[int, ...]) -> str:
+    """Return the name of an FP8 weight's scales; refuse those that do not cover it."""
+    if not tensors.config.get("quantization_config"):
+        raise UserError(
+            f"`{name}` is FP8 and config.json has no `quantization_config`",
+            "copy config.json from the model's page on the hub",
+        )
+    scale = tensors.entry(name + SCALE_SUFFIX)
+    want = tuple(-(-size // tensors.block) for size in shape)
+    if scale.shape != want or scale.dtype not in (*FLOATS, torch.float8_e8m0fnu):
+        raise UserError(
+            f"`{name}{SCALE_SUFFIX}` is `{scale.dtype}` of shape {scale.shape}; "
+            f"blocks of {tensors.block} need {want} numbers"
+        )
+    return name + SCALE_SUFFIX
 
 
 def dequantized(
@@ -216,14 +254,11 @@ def fill(
     """Give a module (on the meta device) its weights by parameter name, on the device computing.
 
     A linear layer whose weight stays FP8 is replaced by an `Fp8Linear`. The selection bias of the
-    router is float32 at least. Raises `UserError` for a tensor of another shape.
+    router is float32 at least.
     """
     for name, stored in values.items():
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
-        shape, want = tuple(stored.tensor.shape), tuple(owner.get_parameter(leaf).shape)
-        if shape != want:
-            raise UserError(f"`{name}` has shape {shape}; config.json says {want}")
         here = Stored(*(None if part is None else part.to(arithmetic.device) for part in stored))
         if here.scale is not None and arithmetic.keeps_fp8(name):
             parent, _, child = path.rpartition(".")
@@ -237,10 +272,10 @@ def fill(
         setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
 
 
-def meta_model(config: dict) -> Model:
+def meta_model(args: Args) -> Model:
     """Return the modules of a whole model without weights."""
     with torch.device("meta"):
-        return Model(Args.from_dict(config)).eval()
+        return Model(args).eval()
 
 
 def load(
@@ -252,11 +287,14 @@ def load(
     """Read a hub folder (FP8 blocks or bfloat16) into a reference model.
 
     `dtype` is that of weights and activations (float64, float32 or bfloat16); `arithmetic` takes
-    its place where FP8 or a device is wanted. Raises `UserError` for a missing tensor.
+    its place where FP8 or a device is wanted. Raises `UserError` for a checkpoint that is not
+    whole, or not of this model.
     """
     tensors = HubTensors(folder)
     arithmetic = arithmetic or Arithmetic(str(dtype).removeprefix("torch."), dtype)
-    model = meta_model(tensors.config)
+    args = Args.from_dict(tensors.config)
+    check_tensors(tensors, args)
+    model = meta_model(args)
     for name in model.state_dict():
         fill(model, {name: tensors.stored(name)}, arithmetic, tensors.block)
     return model

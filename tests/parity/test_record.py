@@ -343,7 +343,7 @@ def test_hub_ids_and_folders(monkeypatch, tmp_path):
         (["--prompt-file", "absent.txt"], "`absent.txt` is not a file"),
         (["--prompt-file", "{tmp}/text.txt"], "has no tokenizer.json"),
         (["--prompt-file", "{tmp}/short.json"], "has 2 tokens; a recording needs 3"),
-        (["--prompt-file", "{tmp}/beyond.json"], "ids outside the vocabulary of 160"),
+        (["--prompt-file", "{tmp}/beyond.json"], "holds the id 160, outside the vocabulary of 160"),
         (["--matmul", "scaled_mm"], "`--matmul scaled_mm` does not work on `cpu`"),
     ],
 )
