@@ -146,9 +146,13 @@ class Args:
 
 
 def refuse(name: str, value, why: str) -> None:
-    """Raise `UserError` for the value of a field; a long one is cut short."""
-    said = value[:60] if isinstance(value, str) else _short.repr(value)
-    raise UserError(f"config.json has `{name}` = `{said}`; {why}", HINT)
+    """Raise `UserError` for the value of a field."""
+    raise UserError(f"config.json has `{name}` = `{shown(value)}`; {why}", HINT)
+
+
+def shown(value) -> str:
+    """Return a value of a JSON file as a sentence shows it; a long one is cut short."""
+    return value[:60] if isinstance(value, str) else _short.repr(value)
 
 
 def refuse_unknown(config: dict, where: str, rope: dict) -> None:

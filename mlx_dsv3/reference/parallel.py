@@ -21,8 +21,9 @@ from mlx_dsv3.errors import UserError
 from mlx_dsv3.reference.args import Args
 from mlx_dsv3.reference.backends import check_device
 from mlx_dsv3.reference.fp8 import BLOCK, dequantize
+from mlx_dsv3.reference.hub import HubTensors, Stored, check_tensors
 from mlx_dsv3.reference.model import Model, MoE, add_expert, at_least_float32
-from mlx_dsv3.reference.weights import Arithmetic, HubTensors, Stored, check_tensors, fill
+from mlx_dsv3.reference.weights import Arithmetic, fill
 
 
 def num_processes() -> int:

@@ -26,8 +26,8 @@ with imports(__name__):
     from mlx_dsv3.options import Parser, whole
     from mlx_dsv3.reference import golden, source
     from mlx_dsv3.reference.files import parse_json
+    from mlx_dsv3.reference.hub import HubTensors
     from mlx_dsv3.reference.stream import TOP, Stream
-    from mlx_dsv3.reference.weights import HubTensors
     from mlx_dsv3.reference.work import WorkFolder
 
 NUM_POSITIONS = 16  # positions whose states are kept with `--states sampled`

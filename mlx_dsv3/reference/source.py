@@ -13,7 +13,8 @@ from tokenizers import Tokenizer
 from mlx_dsv3.errors import UserError, read_text
 from mlx_dsv3.reference import backends, weights
 from mlx_dsv3.reference.args import Args, check_tokens
-from mlx_dsv3.reference.weights import Arithmetic, HubTensors
+from mlx_dsv3.reference.hub import HubTensors
+from mlx_dsv3.reference.weights import Arithmetic
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlx_dsv3.reference.args import Args
+from mlx_dsv3.reference.hub import HubTensors, Stored, check_tensors
 from mlx_dsv3.reference.model import (
     MLP,
     DecoderLayer,
@@ -25,7 +26,7 @@ from mlx_dsv3.reference.model import (
     add_expert,
     make_layer,
 )
-from mlx_dsv3.reference.weights import Arithmetic, HubTensors, Stored, check_tensors, fill
+from mlx_dsv3.reference.weights import Arithmetic, fill
 
 SCORE_BYTES = 256 << 20  # float32 scores of one chunk of queries; about three copies are alive
 EXPERT_BYTES = 256 << 20  # stored bytes of the experts read at once
