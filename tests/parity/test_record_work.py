@@ -1,0 +1,213 @@
+"""`GOLDEN.partial`: one recording at a time, stopped anywhere, on disks that fill or lose power."""
+
+import errno
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+
+from mlx_dsv3.errors import run_main
+from mlx_dsv3.reference import record, stream
+from mlx_dsv3.reference.work import WorkFolder
+
+CONFIG = tiny.A | {
+    "num_hidden_layers": 1,
+    "first_k_dense_replace": 0,
+    "num_nextn_predict_layers": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return tiny.write_hub(tmp_path_factory.mktemp("source") / "hub", CONFIG, storage="bf16")
+
+
+@pytest.fixture
+def argv(source, tmp_path, monkeypatch):
+    """Return the arguments of a recording of four tokens, in which git is not asked."""
+    monkeypatch.setattr(record, "code_version", lambda: "unknown")
+    (tmp_path / "ids.json").write_text("[5, 9, 150, 3]")
+    files = [tmp_path / "golden", "--prompt-file", tmp_path / "ids.json"]
+    return [str(word) for word in (source, *files, "--device", "cpu")]
+
+
+def status(argv: list[str]) -> int:
+    return run_main(lambda: record.main(argv))
+
+
+def partial_of(argv: list[str]) -> Path:
+    return Path(argv[1] + ".partial")
+
+
+@pytest.fixture
+def begun(argv, monkeypatch):
+    """Return the arguments of a recording that was stopped before its head."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(record.Recording, "head", stop)
+        assert status(argv) == 130
+    assert (partial_of(argv) / "states.safetensors").exists()
+    return argv
+
+
+class Stopping:
+    """Makes every change of the disk but those from the `at`-th on: a kill came before."""
+
+    def __init__(self, patch, at: int):
+        self.left = at
+        for name in ("replace", "fsync", "mkdir", "unlink", "rmdir"):
+            patch.setattr(os, name, self.stopping(getattr(os, name)))
+        patch.setattr(WorkFolder, "close", lambda work: work._lock and work._lock.close())
+
+    def stopping(self, change):
+        def call(*args, **kwargs):
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+            return change(*args, **kwargs)
+
+        return call
+
+
+def test_stopped_at_any_change_of_a_folder(argv, tmp_path, monkeypatch):
+    """Between any two changes on the disk; the same command gives the same bytes, to the last.
+
+    Stopped after its last rename, a recording said that its own result exists, and stayed so.
+    """
+    assert status(argv) == 0
+    expected = Path(argv[1]).read_bytes()
+    for at in range(100):
+        Path(argv[1]).unlink()
+        with monkeypatch.context() as patch:
+            Stopping(patch, at)
+            is_done = status(argv) == 0
+        assert is_done or status(argv) == 0, f"after {at} changes"
+        assert Path(argv[1]).read_bytes() == expected
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["golden", "ids.json"]
+        if is_done:
+            break
+    assert is_done and at > 20
+
+
+def test_two_recordings_into_one_file(argv, monkeypatch, capsys):
+    """The second wrote into the first one's folder, and one of them ended in SafetensorError."""
+    layer, second = stream.Stream.layer, []
+
+    def during(self, i, states):
+        if not second:
+            second.append(None)
+            second[0] = status(argv)
+        return layer(self, i, states)
+
+    monkeypatch.setattr(stream.Stream, "layer", during)
+    assert status(argv) == 0
+    assert second == [2]
+    assert f"error: another recording into `{argv[1]}` is running\n" in capsys.readouterr().err
+    assert status(argv) == 2, "it exists"
+
+
+@pytest.mark.parametrize("text", ["", '{"source_', "[1]"])
+def test_settings_cut_short_by_a_power_cut(argv, begun, capsys, text):
+    """They blocked every resume with a JSONDecodeError. What was recorded is never thrown away."""
+    settings = partial_of(argv) / "settings.json"
+    settings.write_text(text)
+    assert status(argv) == 2
+    said = capsys.readouterr().err
+    assert f"error: `{settings}` is damaged; the recording that it belongs to cannot go on" in said
+    assert f"hint: remove `{settings.parent}` to begin it anew" in said
+    (settings.parent / "states.safetensors").unlink()  # no layer was finished
+    assert status(argv) == 0
+
+
+@pytest.mark.parametrize("name", ["states.safetensors", "step-00000.safetensors"])
+def test_a_damaged_layer(begun, capsys, name):
+    """SafetensorError at once, or at the very end."""
+    file = partial_of(begun) / name
+    file.write_bytes(file.read_bytes()[:-1])
+    assert status(begun) == 2
+    assert f"error: `{file}` is damaged" in capsys.readouterr().err
+
+
+def test_settings_reach_the_disk_before_a_layer(argv, monkeypatch):
+    """Renamed without a sync, an empty file can take a name when the power fails."""
+    events, sync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: events.append("sync") or sync(file))
+    monkeypatch.setattr(os, "replace", lambda *paths: events.append("rename") or replace(*paths))
+    assert status(argv) == 0
+    renames = [i for i, event in enumerate(events) if event == "rename"]
+    assert len(renames) == 5  # settings, layer, states, head, golden
+    assert all(events[i - 1] == events[i + 1] == "sync" for i in renames)
+
+
+def test_leftovers_of_another_recording_are_no_part(argv, begun):
+    """Layers of a longer model, left by a removal that was cut off, were joined to the next one."""
+    folder = partial_of(argv)
+    (folder / "step-00009.safetensors").write_bytes(
+        (folder / "step-00000.safetensors").read_bytes()
+    )
+    for name in ("settings.json", "states.safetensors"):
+        (folder / name).unlink()
+    assert status(argv) == 0
+    assert not folder.exists()
+
+
+def test_a_full_disk(argv, monkeypatch, capsys):
+    """`I/O error` as SafetensorError; now the layer that is lost is done again."""
+    save = record.golden.save
+
+    def filling(entries, metadata):
+        if "next" in metadata:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return save(entries, metadata)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(record.golden, "save", filling)
+        assert status(argv) == 2
+    said = capsys.readouterr().err
+    assert "states.safetensors.tmp` cannot be used: no space left on device" in said
+    assert "make room on that disk, then repeat the same command" in said
+    assert status(argv) == 0
+
+
+def test_a_disk_too_small(argv, monkeypatch, capsys):
+    """Hours of work, and then no room for the file."""
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(stream.Stream, "layer", lambda *_: pytest.fail("it begins"))
+    assert status(argv) == 2
+    said = capsys.readouterr().err
+    assert f"on the disk of `{argv[1]}`, which has 0.0 MB free" in said
+
+
+@pytest.mark.parametrize("name", ["", ".", "absent/../ids.json/x", "x" * 300])
+def test_names_that_cannot_be_written(argv, tmp_path, monkeypatch, capsys, name):
+    """After the download and the digests of 700 GB: NotADirectoryError."""
+    monkeypatch.setattr(record.source, "resolve", lambda _: pytest.fail("it fetches"))
+    argv[1] = f"{tmp_path}/{name}" if len(name) > 1 else name
+    assert status(argv) == 2
+    assert capsys.readouterr().err.startswith("error: `")
+
+
+def test_a_link_to_nowhere_stays(argv, tmp_path, capsys):
+    """It was replaced by the recording."""
+    Path(argv[1]).symlink_to(tmp_path / "nowhere")
+    assert status(argv) == 2
+    assert f"error: `{argv[1]}` exists" in capsys.readouterr().err
+    assert Path(argv[1]).is_symlink()
+
+
+def test_names_that_a_reader_prints(argv, tmp_path, monkeypatch):
+    """A line break in the name of a source or a text: after hours, a file that parity refuses."""
+    folder = tmp_path / "two\nlines\x1b"
+    folder.symlink_to(argv[0])
+    text = tmp_path / "a\nb\udcff.json"
+    os.rename(tmp_path / "ids.json", text)
+    monkeypatch.chdir(tmp_path)
+    assert status([folder.name, argv[1], "--prompt-file", str(text), "--device", "cpu"]) == 0
+    about = record.golden.read_header(Path(argv[1])).metadata
+    assert about["model"] == "two?lines?" and json.loads(about["prompts"]) == ["a?b?.json"]
