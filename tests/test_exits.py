@@ -93,7 +93,8 @@ def test_an_encoding_that_lacks_a_character(encoding, shown):
 
 
 # What `-X importtime` says as each module is there, from the first of ours to the last.
-MODULES = ["mlx_dsv3.options", "numpy", "mlx.core", "transformers", "mlx_dsv3.load"]
+MODULES = ["mlx_dsv3.options", "numpy", "mlx.core", "transformers", "mlx_lm.utils"]
+MODULES += ["mlx_dsv3.load", "mlx_dsv3.terminal.start"]  # then it loads
 COMMANDS = {
     "chat": (["chat.py", "MODEL", "-p", "Hello"], MODULES),
     "convert": (["-m", "convert", "plan", "SOURCE"], ["numpy", "convert.run"]),
@@ -218,3 +219,16 @@ def test_every_program_ends_in_one_way():
     texts = [path.read_text(encoding="utf-8") for path in PROGRAMS]
     ends = {text.partition('if __name__ == "__main__":')[2].strip() for text in texts}
     assert ends == {"", "run_program(main)"}
+
+
+@pytest.mark.parametrize("tokens", [0, 3, 20])
+def test_ctrl_c_while_it_answers(demo, tokens):
+    """Half an answer with status 0: `chat.py -p ... > file && next` went on with it."""
+    argv = [sys.executable, "chat.py", demo, "-p", "Hello", "--temp", "1000", "--stats", "off"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(argv, cwd=ROOT, **pipes) as child:
+        said = child.stdout.read(1 + tokens)
+        child.send_signal(signal.SIGINT)
+        said += child.stdout.read()
+        assert (child.wait(), child.stderr.read()) == (130, b"\n(stopped)")
+    assert said.endswith(b"\n") and len(said) > tokens + 1
