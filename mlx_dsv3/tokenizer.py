@@ -4,7 +4,11 @@ A tokenizer that loads has ids that the embedding has; all else is refused in on
 what the other packages say.
 """
 
+import os
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
@@ -37,9 +41,10 @@ def load_checked_tokenizer(folder: Path, args: ModelArgs, config: dict, trust_re
     try:
         extra["config"] = known = PreTrainedConfig(tokenizer_class=config.get("tokenizer_class"))
         known.model_type = args.model_type
-        tokenizer = load_tokenizer(folder, extra, eos_token_ids=ends)
-        largest = max(tokenizer.get_vocab().values())
-        tokenizer.encode("Hello", add_special_tokens=False)
+        with silenced():
+            tokenizer = load_tokenizer(folder, extra, eos_token_ids=ends)
+            largest = max(tokenizer.get_vocab().values())
+            tokenizer.encode("Hello", add_special_tokens=False)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # another package's, of any kind; Rust's panics are such
@@ -51,6 +56,28 @@ def load_checked_tokenizer(folder: Path, args: ModelArgs, config: dict, trust_re
             FROM_THE_HUB,
         )
     return tokenizer
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Send to nowhere what other packages print: words of the files, and of no use to a reader.
+
+    Some comes from Rust, and knows of no `sys.stdout`.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    saved, nowhere = [os.dup(1), os.dup(2)], os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os.dup2(saved[0], 1)
+        os.dup2(saved[1], 2)
+        for number in (*saved, nowhere):
+            os.close(number)
 
 
 def check_files(folder: Path) -> None:

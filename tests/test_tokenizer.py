@@ -150,6 +150,24 @@ def test_tokenizer_config(folder, settings, words):
         assert words in refusal(folder).message
 
 
+@pytest.mark.parametrize("is_good", [True, False])
+def test_other_packages_print_nothing(folder, capfd, is_good):
+    """Rust's and transformers' warnings name what the files hold, escape sequences too.
+
+    On stdout they stood in the answer.
+    """
+    token = {"content": "w5", "\x1b]0;title\x07": 1, "special": True}
+    settings = {"tokenizer_class": "\x1b[2JLlamaTokenizer", "added_tokens_decoder": {"5": token}}
+    change(folder / "tokenizer_config.json", **settings)
+    if not is_good:
+        (folder / "tokenizer.json").write_text("{}")
+        refusal(folder)
+    else:
+        read(folder)
+    print("heard", flush=True)
+    assert capfd.readouterr() == ("heard\n", "")
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
 def test_files_that_would_be_read_for_ever(folder, name):
     """A pipe in their place waited for a writer; a huge one was read into memory."""

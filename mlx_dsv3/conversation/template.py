@@ -16,6 +16,7 @@ from mlx_dsv3.errors import UserError
 LONGEST_S = 5.0  # real templates take 0.01 s with their compilation
 MOST_BYTES = 1 << 30
 MOST_CHARACTERS = 1_000_000  # of a first message, where real ones write some hundred
+UNSAID = {"MemoryError": "more than a template may take"}
 OF_THIS_MODEL = "copy the chat template of this model from the hub"
 
 
@@ -51,8 +52,8 @@ def apply(tokenizer, messages: list[dict]) -> str:
 def refusal(tokenizer, messages: list[dict], error: Exception) -> UserError:
     """Say why a template fails; where it is the system prompt's fault, say that."""
     where = f"the chat template in `{template_file(tokenizer)}`"
-    reason = " ".join(str(error).split()) or "no reason given"
     kind = type(error).__name__
+    reason = " ".join(str(error).split()) or UNSAID.get(kind, "no reason given")
     what = "refuses" if kind == "TemplateError" else f"fails: {kind}"  # its own raise_exception
     hint = OF_THIS_MODEL
     if messages[0]["role"] == "system":

@@ -55,7 +55,7 @@ def test_a_base_model_has_no_template(folder_of):
         ("{% for i in range(10**12) %}{% endfor %}", "fails: OverflowError: "),
         ("nothing", "writes 7 characters for the question `Hello`, without the question"),
         (GOOD + "{{ 'x' * 2000000 }}", "writes 2,000,0"),
-        pytest.param("{{ 'A' * 10**10 }}", "fails: MemoryError: ", marks=ON_LINUX),
+        pytest.param("{{ 'A' * 10**10 }}", "fails: MemoryError: more than", marks=ON_LINUX),
     ],
 )
 def test_a_template_that_cannot_be_used(folder_of, template, words):
