@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from mlx_dsv3.errors import UserError, imports, run_program
+from mlx_dsv3.errors import UserError, imports, run_program, visible
 
 with imports(__name__):
     from convert import recipe as recipes
@@ -23,10 +23,13 @@ with imports(__name__):
     from convert.run import run
     from convert.sidecar import plan_sidecar, write_config
     from convert.source import Source, open_folder
+    from mlx_dsv3.checkpoint.format import MANIFEST
     from mlx_dsv3.checkpoint.hub import Repo, is_repo_id
+    from mlx_dsv3.json_files import brief
     from mlx_dsv3.options import Parser
     from mlx_dsv3.sizes import size
 
+MOST_JOBS = 64
 DEFAULT_JOBS = 2  # each holds about 0.3 GB at V3's shapes; two keep a disk and two cores busy
 
 
@@ -41,12 +44,13 @@ def parser() -> argparse.ArgumentParser:
     check = commands.add_parser("verify", help="read a converted folder back")
     mtp = commands.add_parser("mtp", help="add the MTP layer to a folder converted elsewhere")
     for command in (plan, convert, mtp):
-        command.add_argument("source", metavar="SOURCE", help="folder of a checkpoint, or a hub id")
-        command.add_argument("--revision", help="with a hub id: branch, tag or commit")
+        where = "folder of a checkpoint, or a hub id"
+        command.add_argument("source", metavar="SOURCE", type=filled, help=where)
+        command.add_argument("--revision", type=filled, help="with a hub id: branch, tag or commit")
     dest = {check: "a converted folder", mtp: "the folder that gets the layer"}
     for command in (convert, check, mtp):
         what = dest.get(command, "folder of the result")
-        command.add_argument("dest", metavar="DEST", type=Path, help=what)
+        command.add_argument("dest", metavar="DEST", type=filled, help=what)
         command.add_argument(
             "--jobs", type=int, default=DEFAULT_JOBS, help="threads for each stage (%(default)s)"
         )
@@ -63,12 +67,19 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="with a hub id: delete each shard when its tensors are converted",
     )
-    check.add_argument("--source", help="derive a sample again from this checkpoint")
-    check.add_argument("--revision", help="with a hub id: branch, tag or commit")
+    check.add_argument("--source", type=filled, help="derive a sample again from this checkpoint")
+    check.add_argument("--revision", type=filled, help="with a hub id: branch, tag or commit")
     check.add_argument("--full", action="store_true", help="with --source: derive everything")
     for command in (plan, convert, check, mtp):
         command.add_argument("--json", action="store_true", help="JSON for scripts")
     return root
+
+
+def filled(text: str) -> str:
+    """Return a word of the command line; an empty one is a shell variable that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty word names nothing")
+    return text
 
 
 def open_source(args: argparse.Namespace, only_mtp: bool = False) -> tuple[Source, Shards | None]:
@@ -103,8 +114,16 @@ def keep_revision(args: argparse.Namespace, destination: Destination, progress: 
     source = (destination.unfinished().head or {}).get("source") or {}
     if args.revision or Path(args.source).exists() or source.get("id") != args.source:
         return
-    args.revision = source["revision"]
+    args.revision = source.get("revision")
     progress.note(f"continuing with revision `{args.revision}`, with which this conversion began")
+
+
+def begin(args: argparse.Namespace) -> tuple[Progress, Destination]:
+    """Return what reports and where it goes, checked before the source is looked at."""
+    progress, destination = Progress(choose_style(args.json)), Destination(args.dest, args.words)
+    destination.check_place(Path(args.source))
+    keep_revision(args, destination, progress)
+    return progress, destination
 
 
 def plan_command(args: argparse.Namespace) -> None:
@@ -118,8 +137,7 @@ def plan_command(args: argparse.Namespace) -> None:
 
 def run_command(args: argparse.Namespace) -> None:
     """Convert, or say that it is done already."""
-    progress, destination = Progress(choose_style(args.json)), Destination(args.dest)
-    keep_revision(args, destination, progress)
+    progress, destination = begin(args)
     plan, shards = make_plan(args)
     if plan.source.args.has_mtp and not plan.with_mtp:
         progress.note(
@@ -143,8 +161,7 @@ def run_command(args: argparse.Namespace) -> None:
 
 def mtp_command(args: argparse.Namespace) -> None:
     """Add the sidecar to a folder."""
-    progress, destination = Progress(choose_style(args.json)), Destination(args.dest)
-    keep_revision(args, destination, progress)
+    progress, destination = begin(args)
     source, _ = open_source(args, only_mtp=True)
     plan = plan_sidecar(source, args.dest)
     destination.check_space(plan.nbytes)
@@ -159,27 +176,30 @@ def verify_command(args: argparse.Namespace) -> int:
     manifest = verify.open_manifest(args.dest)
     findings, num_derived = [*verify.check_files(args.dest, manifest, args.jobs)], 0
     if not findings:  # damaged headers would only be reported twice
-        findings += verify.check_values(args.dest, args.jobs)
+        findings += verify.check_values(args.dest, manifest, args.jobs)
     if args.source and not findings:
         source, _ = open_source(args, only_mtp=manifest["layout"] == "mtp")
         plan = verify.plan_again(manifest, source)
-        again = [*verify.check_against_source(args.dest, manifest, plan, args.full)]
-        findings, num_derived = [text for _, text in again if text], len(again)
+        findings += verify.check_headers(args.dest, plan)
+        if not findings:
+            again = [*verify.check_against_source(args.dest, manifest, plan, args.full)]
+            findings, num_derived = [text for _, text in again if text], len(again)
     if args.json:
         result = {
             "findings": findings,
             "derived_again": num_derived,
-            "roles": manifest.get("roles"),
+            "roles": manifest["roles"],
         }
         print(json.dumps(result))
         return 1 if findings else 0
-    print_errors(manifest.get("roles", {}))
+    print_errors(manifest["roles"])
     for finding in findings:
-        print(finding, file=sys.stderr)
+        print(visible(finding), file=sys.stderr)
     again = f"; {num_derived:,} units derived again and equal" if num_derived else ""
-    print(
-        f"`{args.dest}`: {len(findings)} findings" if findings else f"`{args.dest}` is good{again}"
-    )
+    if manifest["layout"] == "mtp":
+        again += f"; {MANIFEST} speaks of {' and '.join(sorted(manifest['files']))} alone"
+    what = f": {len(findings)} findings" if findings else f" is good{again}"
+    print(visible(f"`{args.dest}`{what}"))
     return 1 if findings else 0
 
 
@@ -192,9 +212,16 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    if getattr(args, "jobs", 1) < 1:
-        raise UserError(f"`--jobs` is {args.jobs}; at least one thread is needed", "drop `--jobs`")
+    words = sys.argv[1:] if argv is None else argv
+    args = parser().parse_args(words)
+    args.words = words
+    if "dest" in args:
+        args.dest = Path(args.dest)
+    if not 1 <= getattr(args, "jobs", 1) <= MOST_JOBS:
+        raise UserError(
+            f"`--jobs` is {brief(args.jobs)}; it takes a whole number from 1 to {MOST_JOBS}",
+            "drop `--jobs`",
+        )
     return COMMANDS[args.command](args) or 0
 
 

@@ -11,25 +11,58 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from convert.disk import sync_folder
-from convert.identity import Identity, changed_shards
-from convert.journal import Journal
+from convert.agreement import place, refuse_disagreement
+from convert.disk import naming, sync_folder
+from convert.identity import Identity
+from convert.journal import Journal, foreign
 from mlx_dsv3.checkpoint.format import MANIFEST, PARTIAL, read_manifest
+from mlx_dsv3.checkpoint.unfinished import JOURNAL, command_line
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.sizes import size
 
-JOURNAL = "journal"
 LOCK = "lock"
 SHARDS = "source"
 
 
 class Destination:
-    """DEST with its `.partial`; `open` takes the lock and the journal, `publish` ends it all."""
+    """DEST with its `.partial`; `open` takes the lock and the journal, `publish` ends it all.
 
-    def __init__(self, folder: Path):
-        self.folder, self.partial = folder, folder / PARTIAL
+    `command` is the command line at work, which the journal's head notes.
+    """
+
+    def __init__(self, folder: Path, command: Iterable[str] = ()):
+        self.folder, self.partial, self.command = folder, folder / PARTIAL, list(command)
         self.journal: Journal | None = None
         self._lock = None
+
+    def check_place(self, source: Path) -> None:
+        """Refuse before any work what can be no folder, lies in SOURCE, or is another command's.
+
+        A result in the source would be deleted with it, and uploaded with it.
+        """
+        begun = self.unfinished()
+        if begun.command and begun.command[0] != self.command[0]:
+            raise UserError(
+                f"`{self.folder}` holds an unfinished `convert {begun.command[0]}`, and this is "
+                f"`convert {self.command[0]}`",
+                f"`{command_line(begun.command)}` finishes it",
+            )
+        paths = (self.folder, *self.folder.absolute().parents)
+        nearest = next(path for path in paths if os.path.lexists(path))
+        if not nearest.exists():
+            raise UserError(
+                f"`{nearest}` is a link to what is not there", "choose another destination"
+            )
+        if not nearest.is_dir():
+            raise UserError(f"`{nearest}` is not a folder", "choose another destination")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise UserError(
+                f"`{nearest}` takes no new files", "choose a folder that you may change"
+            )
+        here, source = self.folder.resolve(), source.resolve()
+        if self.command[0] == "run" and begun.head is None and here.is_relative_to(source):
+            where = "is the source" if here == source else "lies in the source"
+            raise UserError(f"`{self.folder}` {where}", "choose a folder elsewhere as DEST")
 
     def unfinished(self) -> Journal:
         """Return the journal as it stands, empty where none is; takes no lock."""
@@ -42,8 +75,6 @@ class Destination:
         """
         if not self.folder.exists():
             return False
-        if not self.folder.is_dir():
-            raise UserError(f"`{self.folder}` is not a folder", "choose another destination")
         names = {path.name for path in self.folder.iterdir()}
         if PARTIAL in names and (self.partial / JOURNAL).exists():
             return False
@@ -58,13 +89,13 @@ class Destination:
 
     def _is_ours(self, digest: str, identity: Identity, names: set[str]) -> bool:
         manifest = read_manifest(self.folder)
-        recipe = (manifest.get("recipe") or {}).get("name")
+        recipe = manifest["recipe"]["name"]
         finished = f"`{self.folder}` holds a finished conversion (recipe `{recipe}`) "
-        if manifest.get("plan") != digest:
+        if manifest["plan"] != digest:
             raise UserError(
                 finished + "of another source, recipe or layout", "choose another folder"
             )
-        source = manifest.get("source") or {}
+        source = manifest["source"]
         is_same = identity.is_that_of(source)
         if is_same is None:
             raise UserError(
@@ -89,9 +120,13 @@ class Destination:
         `UserError` when it is not, or when that run is still alive.
         """
         self.partial.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.partial / LOCK, "w")
+        lock = self.partial / LOCK
+        if lock.exists() and not lock.is_file():  # a pipe would wait for ever
+            raise foreign(lock, "is not a file")
+        self._lock = open(lock, "a")  # not "w": a link may lead to what has contents
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with naming(lock):
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
                 f"another conversion is running in `{self.folder}`",
@@ -122,13 +157,14 @@ class Destination:
                 "free some space, or choose a recipe with fewer bits or another disk",
             )
 
-    def publish(self, names: Iterable[str]) -> None:
-        """Rename everything into place, config.json last, and remove `.partial`.
+    def publish(self) -> None:
+        """Rename what conversion.json lists into place, config.json last, and remove `.partial`.
 
         May be repeated after a kill: what was renamed already is skipped.
         """
-        names = [name for name in names if name != "config.json"]
-        for name in names:
+        is_moved = not (self.partial / MANIFEST).exists()
+        manifest = read_manifest(self.folder if is_moved else self.partial)
+        for name in sorted({*manifest["files"], MANIFEST} - {"config.json"}):
             self._move(name)
         sync_folder(self.folder)
         self._move("config.json")
@@ -140,13 +176,11 @@ class Destination:
     def _move(self, name: str) -> None:
         if (self.partial / name).exists():
             os.replace(self.partial / name, self.folder / name)
-        assert (self.folder / name).exists(), name
+        elif not (self.folder / name).exists():
+            raise foreign(self.journal.path, f"ends a conversion of which `{name}` is not there")
 
     def _remove_partial(self) -> None:
-        shutil.rmtree(self.partial / SHARDS, ignore_errors=True)
-        for name in (JOURNAL, LOCK):
-            (self.partial / name).unlink(missing_ok=True)
-        self.partial.rmdir()
+        shutil.rmtree(self.partial)
 
     def close(self) -> None:
         """Give the lock back; the work stays for the next run."""
@@ -154,74 +188,3 @@ class Destination:
             self.journal.close()
         if self._lock:
             self._lock.close()
-
-
-def place(source: dict) -> str:
-    """Say in words where a recorded source lay."""
-    if source.get("id"):
-        return f"`{source['id']}` at revision `{source['revision']}`"
-    return "a folder"
-
-
-def refuse_disagreement(folder: Path, head: dict, journal: Journal) -> None:
-    """Refuse a run that differs from the one that began, and say in what it differs.
-
-    Shards of a folder may be other files than at the beginning as long as nothing, or not
-    everything, that is done came from such: the run converts again what they gave.
-    """
-    begun, num_done = journal.head, len(journal.done) + len(journal.unsynced)
-    conversion, other_folder = f"`{folder}` holds a conversion begun ", "choose another folder"
-    if begun["recipe"] != head["recipe"]:
-        raise UserError(
-            conversion + f"with recipe `{begun['recipe']}` "
-            f"({num_done:,} of {begun['units']:,} units done); this run asks for "
-            f"`{head['recipe']}`",
-            f"repeat with `--recipe {begun['recipe']}` to resume, or {other_folder}",
-        )
-    for key, word in (("mlx", "MLX"), ("device", "device")):
-        if begun[key] != head[key]:
-            raise UserError(
-                conversion + f"with {word} `{begun[key]}`; this run has `{head[key]}`",
-                f"continue as it was begun, or {other_folder}",
-            )
-    if begun["plan"] != head["plan"]:
-        raise UserError(
-            conversion + "from another source, recipe or layout",
-            f"repeat the command as it was begun, or {other_folder}",
-        )
-    refuse_other_source(folder, head, journal, num_done)
-
-
-def refuse_other_source(folder: Path, head: dict, journal: Journal, num_done: int) -> None:
-    """Refuse weights that cannot be those which the conversion in `folder` has read so far."""
-    conversion, other_folder = f"`{folder}` holds a conversion begun ", "choose another folder"
-    begin_anew = f"delete `{folder / PARTIAL}` to begin anew, or {other_folder}"
-    if journal.is_finishing:  # some files have their final names already
-        begin_anew = other_folder
-    theirs, ours = journal.head.get("source"), head["source"]
-    if theirs is None:
-        raise UserError(
-            conversion + "by an earlier version, which did not note whose weights it read",
-            begin_anew,
-        )
-    if place(theirs) != place(ours):
-        flags = f" with `--revision {theirs['revision']}`" if theirs["revision"] else ""
-        raise UserError(
-            conversion + f"from {place(theirs)}; this run reads {place(ours)}",
-            f"repeat the command as it was begun{flags} to resume, or {other_folder}",
-        )
-    changed = changed_shards(journal.head, head)
-    if theirs == ours and (journal.is_finishing or not changed):  # no shard is read any more
-        return
-    if not journal.is_finishing and (not num_done or 0 < len(changed) < len(head["files"])):
-        return
-    if theirs != ours:
-        raise UserError(
-            conversion + "from another source: its headers are these, its weights are not",
-            f"repeat with that source, or {begin_anew}",
-        )
-    raise UserError(
-        f"`{changed[0]}` is not the file that the conversion in `{folder}` has read: "
-        "its size or time differs",
-        f"put that one back with its time (`cp -p`), or {begin_anew}",
-    )

@@ -3,7 +3,19 @@
 import errno
 import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give errors of a descriptor, which do not know it, the name of their file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def flush(descriptor: int) -> None:
@@ -26,7 +38,8 @@ def flush_file(path: Path) -> None:
     """Bring a file that was written and closed to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        flush(descriptor)
+        with naming(path):
+            flush(descriptor)
     finally:
         os.close(descriptor)
 

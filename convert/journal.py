@@ -3,17 +3,23 @@
 One line a unit, with the sha256 of what was written and the unit's error sums. A `synced` line
 names the units that are on the disk for certain; the others may have been lost with the power, so
 a resume asks the caller to read them back. A torn or zeroed end fails its checksum and counts as
-not written. Knows neither the plan nor the output files.
+not written. A whole line that says what this version does not write is refused: to count it as
+not written would overwrite what another version has converted. Knows neither the plan nor the
+output files.
 """
 
 import json
+import math
 import os
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from convert.disk import flush, write_at
+from convert.disk import flush, naming, write_at
+from mlx_dsv3.checkpoint.unfinished import command_in, journal_line, parse_line
+from mlx_dsv3.errors import UserError
+
+HEAD = {"recipe": str, "plan": str, "units": int, "mlx": str, "device": str}
 
 
 class Done(NamedTuple):
@@ -35,6 +41,8 @@ class Journal:
         self.unsynced: dict[int, Done] = {}
         self._synced_bytes = 0
         if path.exists():
+            if not path.is_file():  # a pipe would wait for ever
+                raise foreign(path, "is not a file")
             self._read(path.read_bytes())
         self._file = None
 
@@ -42,9 +50,12 @@ class Journal:
         place = 0
         for raw in data.splitlines(keepends=True):
             place += len(raw)
-            entry = _parse(raw)
-            if entry is None:
+            text = parse_line(raw)
+            if text is None:
                 return
+            entry = _entry(text)
+            if entry is None or not set(entry.get("synced", ())) <= set(self.unsynced):
+                raise foreign(self.path, "was written by another version, or by something else")
             if "unit" in entry:
                 self.unsynced[entry["unit"]] = Done(entry["sha256"], entry["errors"])
                 continue
@@ -55,6 +66,11 @@ class Journal:
             for index in entry.get("synced", ()):
                 self.done[index] = self.unsynced.pop(index)
             self._synced_bytes = place
+
+    @property
+    def command(self) -> list[str]:
+        """Return the command line that began, empty where nothing or an earlier version did."""
+        return command_in(self.head)
 
     def begin(self, head: dict, again: Iterable[int] = ()) -> dict[int, Done]:
         """Open for appending and return the units that must be read back before they count.
@@ -105,22 +121,66 @@ class Journal:
             self._file.close()
 
     def _cut(self) -> None:
-        self._file.truncate(self._synced_bytes)
+        with naming(self.path):
+            self._file.truncate(self._synced_bytes)
         self._file.seek(self._synced_bytes)
 
     def _append(self, entry: dict) -> None:
-        text = json.dumps(entry, separators=(",", ":")).encode()
-        write_at(self._file.fileno(), b"%08x %s\n" % (zlib.crc32(text), text), self._file.tell())
+        with naming(self.path):
+            write_at(self._file.fileno(), journal_line(entry), self._file.tell())
         self._file.seek(0, os.SEEK_END)
 
     def _commit(self) -> None:
-        flush(self._file.fileno())
+        with naming(self.path):
+            flush(self._file.fileno())
         self._synced_bytes = self._file.tell()
 
 
-def _parse(raw: bytes) -> dict | None:
-    """Return a line's entry, or None where the line is torn."""
-    checksum, _, text = raw.rstrip(b"\n").partition(b" ")
-    if not raw.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(text):
+def foreign(path: Path, what: str) -> UserError:
+    """Return the refusal of a journal that cannot be gone on with."""
+    return UserError(
+        f"`{path}` {what}",
+        f"delete `{path.parent}` to begin anew, or choose another folder",
+    )
+
+
+def _entry(text: bytes) -> dict | None:
+    """Return what a line says, or None unless it is what `Journal` writes."""
+    try:
+        entry = json.loads(text)
+    except (ValueError, RecursionError):
         return None
-    return json.loads(text)
+    match entry:
+        case {"unit": int(), "sha256": str(), "errors": list(errors)}:
+            is_ours = all(pair is None or _are_sums(pair) for pair in errors)
+        case {"head": dict(head)}:
+            is_ours = _is_head(head) and _are_indexes(entry.get("again", []))
+        case {"synced": units}:
+            is_ours = _are_indexes(units)
+        case {"finishing": True}:
+            is_ours = True
+        case _:
+            is_ours = False
+    return entry if is_ours else None
+
+
+def _is_head(head: dict) -> bool:
+    """Say whether `head` is one of `run`; what earlier versions did not write may lack."""
+    source, files = head.get("source") or {}, head.get("files", {})
+    return (
+        all(isinstance(head.get(key), kind) for key, kind in HEAD.items())
+        and isinstance(source, dict)
+        and all(isinstance(value, str | None) for value in source.values())
+        and isinstance(files, dict)
+        and ("files" in head or not source)
+    )
+
+
+def _are_indexes(units: object) -> bool:
+    return isinstance(units, list) and all(type(index) is int for index in units)
+
+
+def _are_sums(pair: object) -> bool:
+    """Say whether these are a sum of squared errors and one of squares."""
+    is_pair = isinstance(pair, list) and len(pair) == 2
+    return is_pair and all(isinstance(n, int | float) and 0 <= n < math.inf for n in pair)

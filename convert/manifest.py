@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from convert.journal import Done
 from convert.plan import Plan, role_rows
-from convert.source import COPIED
+from convert.source import copied_files
 from mlx_dsv3.checkpoint.format import FORMAT, INDEX, SIDECAR, module_path
 
 
@@ -68,12 +68,6 @@ def manifest_digest(manifest: dict) -> str:
     """Return the sha256 over a manifest without its own `digest`."""
     rest = {key: value for key, value in manifest.items() if key != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def copied_files(folder: Path) -> list[Path]:
-    """Return the source's tokenizer, template, licence and code files."""
-    found = {path for pattern in COPIED for path in folder.glob(pattern) if path.is_file()}
-    return sorted(found)
 
 
 def write_small_files(plan: Plan, folder: Path) -> list[str]:

@@ -13,6 +13,7 @@ from rich.table import Table
 from convert.dequantize import dequantize_blocks
 from convert.plan import Plan, role_rows
 from mlx_dsv3.checkpoint.format import EXPERT_KEY
+from mlx_dsv3.errors import visible
 from mlx_dsv3.sizes import size
 
 CACHE_DTYPE_BYTES = 2
@@ -25,6 +26,11 @@ def compact_table(*columns: str) -> Table:
     for column in table.columns:
         column.no_wrap = True
     return table
+
+
+def print_table(table: Table) -> None:
+    """Print a table whose words are nothing but words: `[/x]` and `:x:` are no markup."""
+    Console(markup=False, emoji=False).print(table)
 
 
 def print_plan(plan: Plan, disk_peak: int | None) -> None:
@@ -43,12 +49,12 @@ def print_plan(plan: Plan, disk_peak: int | None) -> None:
             size(row.nbytes),
             f"{8 * row.nbytes / row.weights:.2f}",
         )
-    Console().print(table)
-    source, memory = plan.source, memory_needs(plan)
+    print_table(table)
+    source, memory, recipe = plan.source, memory_needs(plan), visible(plan.recipe.name)
     print(
         f"\nsource  {len(source.tensors):,} tensors in {len(source.shard_bytes):,} shards, "
         f"{size(source.nbytes)}; {'with' if plan.with_mtp else 'without'} MTP layer\n"
-        f"result  {len(plan.files):,} files, {size(plan.nbytes)} with `{plan.recipe.name}`\n"
+        f"result  {len(plan.files):,} files, {size(plan.nbytes)} with `{recipe}`\n"
         f"disk    {disk_needs(plan, disk_peak)}\n"
         f"memory  {size(memory['resident_bytes'])} to run resident; streamed from "
         f"{size(memory['streamed_bytes'])}, or {size(memory['quarter_bytes'])}\n"
@@ -138,11 +144,11 @@ def print_errors(roles: dict) -> None:
     for role, row in roles.items():
         worst = row.get("worst", {})
         table.add_row(
-            role,
+            visible(role),
             size(row["bytes"]),
             f"{row['bits_per_weight']:.2f}",
             f"{row.get('relative_rms_error', 0):.2%}",
             f"{worst.get('relative_rms_error', 0):.2%}",
-            worst.get("tensor", "").removeprefix("model."),
+            visible(worst.get("tensor", "").removeprefix("model.")),
         )
-    Console().print(table)
+    print_table(table)

@@ -9,20 +9,18 @@ import os
 import subprocess
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
 
-from convert.dequantize import Raw
-from convert.destination import JOURNAL, LOCK, Destination
+from convert.destination import Destination
 from convert.disk import flush_file, is_full_disk, sync_folder
 from convert.download import Shards
 from convert.identity import changed_shards
-from convert.journal import Done
+from convert.journal import Done, foreign
 from convert.manifest import (
     device_kind,
     file_entry,
@@ -30,11 +28,12 @@ from convert.manifest import (
     write_json,
     write_small_files,
 )
+from convert.pipeline import ahead, evaluate, streams
 from convert.plan import Plan, Unit
 from convert.progress import Progress
 from convert.quantize import Derived
 from convert.source import stamp
-from convert.transform import derive, read_unit
+from convert.transform import read_unit
 from convert.writer import Writer
 from mlx_dsv3.checkpoint.format import MANIFEST
 from mlx_dsv3.errors import UserError
@@ -61,6 +60,7 @@ def run(
     """
     mx.set_cache_limit(CACHE_BYTES)
     head = {
+        "command": destination.command,
         "recipe": plan.recipe.name,
         "source": plan.identity.as_dict(),
         "files": plan.source.stamps,
@@ -128,12 +128,12 @@ class _Run:
             self.refuse_changes()
             self.complete_folder(small_files)
             self.journal.mark_finishing()
-        names = {path.name for path in self.destination.partial.iterdir() if path.is_file()}
-        self.destination.publish(sorted(names - {JOURNAL, LOCK}))
+        self.destination.publish()
 
     def resume(self, head: dict) -> None:
         """Lay out the files, forget what changed shards gave, read back what no sync confirmed."""
         again = self.read_from(changed_shards(self.journal.head or head, head))
+        self.check_units()
         unconfirmed = self.journal.begin(head, again)
         self.writer.lay_out()
         sync_folder(self.destination.partial)
@@ -143,6 +143,13 @@ class _Run:
         self.sync_now()
         finished = sum(self.plan.units[index].nbytes for index in self.journal.done)
         self.progress.start(sum(unit.nbytes for unit in self.plan.units), finished)
+
+    def check_units(self) -> None:
+        """Refuse a journal that notes units which this plan does not have."""
+        units = self.plan.units
+        for index, done in (self.journal.done | self.journal.unsynced).items():
+            if not 0 <= index < len(units) or len(done.errors) != len(units[index].targets):
+                raise foreign(self.journal.path, "notes other units than this conversion has")
 
     def read_from(self, shards: list[str]) -> list[int]:
         """Return the units that read from these shards, and say that they come again."""
@@ -244,56 +251,3 @@ class _Run:
         for name in (*names, MANIFEST):
             flush_file(partial / name)
         sync_folder(partial)
-
-
-def streams(jobs: int) -> list[mx.Stream]:
-    """Return the streams to compute on: each has its own thread on the CPU backend."""
-    if device_kind() == "gpu":
-        return [mx.default_stream(mx.default_device())]
-    return [mx.new_stream(mx.cpu) for _ in range(jobs)]
-
-
-def evaluate(
-    raws: Iterable[tuple[Unit, list[Raw]]], plan: Plan, on: list[mx.Stream]
-) -> Iterator[tuple[Unit, list[Derived]]]:
-    """Yield each unit with its evaluated arrays, keeping every stream busy with a next one."""
-    running = deque()
-    for i, item in enumerate(raws):
-        running.append(_start(item, plan, on[i % len(on)]))
-        del item  # the source's bytes: MLX has its own copy by now
-        if len(running) > len(on):
-            yield _evaluated(running.popleft())
-    while running:
-        yield _evaluated(running.popleft())
-
-
-def _start(item: tuple[Unit, list[Raw]], plan: Plan, stream: mx.Stream) -> tuple:
-    unit, raws = item
-    with mx.stream(stream):
-        outputs = derive(unit, raws, plan.source.args, plan.source.block)
-        mx.async_eval(outputs)
-    return unit, outputs
-
-
-def _evaluated(item: tuple[Unit, list[Derived]]) -> tuple[Unit, list[Derived]]:
-    """Wait for a unit's arrays and open them as memory views, which writer threads may use."""
-    unit, outputs = item
-    mx.eval(outputs)
-    return unit, [Derived([memoryview(a) for a in arrays], errors) for arrays, errors in outputs]
-
-
-def ahead(function: Callable, items: Iterable, pool: ThreadPoolExecutor, depth: int) -> Iterator:
-    """Yield (item, function(item)) in order, with `depth` more calls under way in the pool."""
-    waiting = deque()
-    for item in items:
-        waiting.append((item, pool.submit(function, item)))
-        del item  # nothing but the queue may keep a unit's arrays alive
-        if len(waiting) > depth:
-            yield _result(waiting.popleft())
-    while waiting:
-        yield _result(waiting.popleft())
-
-
-def _result(entry: tuple) -> tuple:
-    item, future = entry
-    return item, future.result()

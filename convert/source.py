@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from convert.disk import naming
 from mlx_dsv3.checkpoint.format import INDEX, SCALE_SUFFIX, SINGLE, mtp_prefix, read_index
 from mlx_dsv3.checkpoint.headers import (
     AGAIN,
@@ -46,7 +47,8 @@ def read_bytes(path: Path, start: int, nbytes: int) -> bytearray:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         while done < nbytes:
-            count = os.preadv(descriptor, [view[done:]], start + done)
+            with naming(path):
+                count = os.preadv(descriptor, [view[done:]], start + done)
             if count == 0:
                 raise UserError(f"`{path.name}` ends at byte {start + done:,}", AGAIN)
             done += count
@@ -161,7 +163,7 @@ def convertible(config: dict) -> ModelArgs:
 
 def needed_shards(folder: Path, args: ModelArgs, only_mtp: bool) -> dict[str, list[str] | None]:
     """Return shard -> names of its tensors, None without an index; perhaps of the MTP layer's."""
-    if not (folder / INDEX).is_file():
+    if not (folder / INDEX).exists():
         return {SINGLE: None}
     prefix = mtp_prefix(args) if only_mtp else ""
     return {
@@ -171,6 +173,22 @@ def needed_shards(folder: Path, args: ModelArgs, only_mtp: bool) -> dict[str, li
     }
 
 
+def copied_files(folder: Path) -> list[Path]:
+    """Return the source's tokenizer, template, licence and code files."""
+    found = {path for pattern in COPIED for path in folder.glob(pattern) if path.is_file()}
+    return sorted(found)
+
+
+def check_copies(folder: Path) -> None:
+    """Refuse what cannot be copied: it is the last thing that a conversion does, hours later."""
+    for path in copied_files(folder):
+        name = os.fsencode(path.name).decode(errors="backslashreplace")
+        if name != path.name:
+            hint = "rename or remove it: conversion.json could not list it"
+            raise UserError(f"`{name}` in `{folder}` has a name that is not UTF-8", hint)
+        open(path, "rb").close()
+
+
 def open_folder(folder: Path, only_mtp: bool = False) -> Source:
     """Open a local checkpoint; raise `UserError` for whatever is missing or damaged.
 
@@ -178,7 +196,7 @@ def open_folder(folder: Path, only_mtp: bool = False) -> Source:
     """
     config = read_config(folder)
     shards = needed_shards(folder, convertible(config), only_mtp)
-    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    missing = [shard for shard in shards if not (folder / shard).exists()]
     if missing == [SINGLE] and not (folder / INDEX).exists():
         raise UserError(f"`{folder}` has no {INDEX} and no {SINGLE}", AGAIN)
     if missing:
@@ -186,6 +204,7 @@ def open_folder(folder: Path, only_mtp: bool = False) -> Source:
             f"`{missing[0]}` is missing in `{folder}` ({len(missing)} of {len(shards)} shards)",
             "fetch the missing shards; nothing is converted from an incomplete checkpoint",
         )
+    check_copies(folder)
     stamps = {shard: stamp(folder / shard) for shard in shards}
     headers = read_raw_headers(folder, shards)
     source = Source(folder, config, headers, stamps=stamps)

@@ -1,13 +1,21 @@
 """Read a finished folder back and say what is wrong with it.
 
-Three questions: are the bytes those that were written (sha256 of every file), are they sensible
-(headers, index, finite values), and do they follow from the original (`--source`: units derived
-again and compared). Findings are sentences; none means that the folder is good.
+Four questions: are these the files that were written, no more and no fewer (conversion.json lists
+them); are the bytes those that were written (sha256 of every file); are they sensible (headers,
+index, finite values); and do they follow from the original (`--source`: units derived again and
+compared). Findings are sentences; none means that the folder is good.
+
+What no program reads as a part of a model may be added: README.md, .gitattributes, what a file
+manager or a download leaves. In a folder that `convert mtp` has completed, conversion.json speaks
+of config.json and the sidecar alone: of the other files nobody noted what they should be, and they
+are looked at for sense.
 """
 
+import os
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 from pathlib import Path
 
 import mlx.core as mx
@@ -21,18 +29,23 @@ from convert.quantize import Derived
 from convert.source import Source, read_bytes
 from convert.transform import derive, read_unit
 from convert.writer import read_ranges
+from mlx_dsv3.checkpoint.folder import SMALL_FILES
 from mlx_dsv3.checkpoint.format import (
     INDEX,
     MANIFEST,
     PARTIAL,
     SIDECAR,
+    WEIGHTS,
     Quantization,
     read_index,
     read_manifest,
 )
 from mlx_dsv3.checkpoint.headers import TensorInfo, read_header
+from mlx_dsv3.checkpoint.unfinished import how_to_finish
 from mlx_dsv3.errors import UserError
 
+# Besides a model's small files: weights, and the folder in which tokenizers look for templates.
+WEIGHT_FILES = ("*.safetensors", "additional_chat_templates")
 CHUNK_BYTES = 64 << 20
 SAMPLE_PER_ROLE = 4
 
@@ -42,9 +55,8 @@ def open_manifest(folder: Path) -> dict:
     if not folder.is_dir():
         raise UserError(f"`{folder}` is not a folder", "give a folder that `convert run` wrote")
     if (folder / PARTIAL).exists():
-        raise UserError(
-            f"`{folder}` is still in conversion", "repeat the `convert run` that began it"
-        )
+        hint = f"`{how_to_finish(folder, str(folder))}` finishes it"
+        raise UserError(f"`{folder}` is still in conversion", hint)
     if not (folder / MANIFEST).is_file():
         raise UserError(
             f"`{folder}` has no {MANIFEST}", "only folders of `convert run` can be verified"
@@ -58,9 +70,9 @@ def check_files(folder: Path, manifest: dict, jobs: int) -> Iterator[str]:
     if manifest.get("digest") != manifest_digest(manifest) or text != json_text(manifest):
         yield f"`{MANIFEST}` does not match its own digest"
         return
-    files = manifest.get("files", {})
+    yield from check_list(folder, manifest)
+    files = manifest["files"]
     present = [name for name in files if (folder / name).is_file()]
-    yield from (f"`{name}` is missing" for name in files if name not in present)
     with ThreadPoolExecutor(jobs) as pool:
         found = pool.map(lambda name: file_entry(folder / name), present)
         for name, entry in zip(present, found, strict=True):
@@ -70,14 +82,42 @@ def check_files(folder: Path, manifest: dict, jobs: int) -> Iterator[str]:
                 yield f"`{name}` was changed: its sha256 is not that of {MANIFEST}"
 
 
-def check_values(folder: Path, jobs: int) -> Iterator[str]:
+def check_list(folder: Path, manifest: dict) -> Iterator[str]:
+    """Yield a sentence for every file that conversion.json lists in vain or does not list."""
+    files, is_mtp = manifest["files"], manifest["layout"] == "mtp"
+    for name in files:
+        if not (folder / name).is_file():
+            is_there = os.path.lexists(folder / name)
+            yield f"`{name}` is {'not a file' if is_there else 'missing'}"
+    needed = {"config.json", SIDECAR if is_mtp else INDEX} - set(files)
+    yield from (f"`{MANIFEST}` does not list `{name}`" for name in sorted(needed))
+    if not is_mtp:
+        found = {path.name for path in folder.iterdir()} - {*files, *needed, MANIFEST}
+        added = [name for name in sorted(found) if belongs_to_a_model(name)]
+        yield from (f"`{name}` was added: {MANIFEST} does not list it" for name in added)
+
+
+def belongs_to_a_model(name: str) -> bool:
+    """Say whether a program may read a file of this name; some disks do not tell `A` from `a`."""
+    return any(fnmatch(name.lower(), word.lower()) for word in (*SMALL_FILES, *WEIGHT_FILES))
+
+
+def check_values(folder: Path, manifest: dict, jobs: int) -> Iterator[str]:
     """Yield a sentence for every tensor that the index misses or that is not finite."""
-    indexed = read_index(folder)
-    shards = [*indexed, *([SIDECAR] if (folder / SIDECAR).is_file() else [])]
+    weights = {path.name: None for path in sorted(folder.glob(WEIGHTS))}
+    indexed = read_index(folder) if (folder / INDEX).is_file() else weights
+    yield from (f"`{INDEX}` does not name `{name}`" for name in weights if name not in indexed)
+    listed = set(indexed) if manifest["layout"] == "mtp" else set(manifest["files"])
     with ThreadPoolExecutor(jobs) as pool:
-        for shard in shards:
-            header = read_header(folder / shard)
-            if shard in indexed and set(header) != set(indexed[shard]):
+        for shard in [*indexed, *([SIDECAR] if (folder / SIDECAR).is_file() else [])]:
+            if shard not in listed and shard != SIDECAR:
+                yield f"`{INDEX}` names `{shard}`, which {MANIFEST} does not list"
+            try:
+                header = read_header(folder / shard)
+            except UserError as error:
+                yield error.message
+                continue
+            if indexed.get(shard) and set(header) != set(indexed[shard]):
                 yield f"`{shard}` and `{INDEX}` name different tensors"
             finite = pool.map(is_finite, header.values())
             for name, good in zip(header, finite, strict=True):
@@ -98,14 +138,22 @@ def is_finite(tensor: TensorInfo) -> bool:
 
 def plan_again(manifest: dict, source: Source) -> Plan:
     """Plan the conversion of a manifest again; refuse a source that is another one."""
-    plan = build(source, recipes.from_dict(manifest["recipe"], MANIFEST), manifest["layout"])
-    noted = manifest.get("source") or {}
+    plan = build(source, recipes.from_dict(manifest["recipe"], f"`{MANIFEST}`"), manifest["layout"])
+    noted = manifest["source"]
     if plan.digest != manifest["plan"] or plan.identity.is_that_of(noted) is False:
         where = "the folder that was converted"
         if noted.get("id"):
-            where = f"`--source {noted['id']} --revision {noted['revision']}`"
+            where = f"`--source {noted['id']} --revision {noted.get('revision')}`"
         raise UserError(f"the source is not the one that {MANIFEST} was made from", f"give {where}")
     return plan
+
+
+def check_headers(folder: Path, plan: Plan) -> Iterator[str]:
+    """Yield a sentence for every file that is not laid out as this plan lays it out."""
+    for name, file in plan.files.items():
+        is_whole = (folder / name).is_file() and (folder / name).stat().st_size == file.nbytes
+        if not is_whole or read_bytes(folder / name, 0, len(file.header)) != file.header:
+            yield f"`{name}` does not hold the tensors that follow from the source"
 
 
 def check_against_source(

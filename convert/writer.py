@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from threading import Lock
 
-from convert.disk import flush_file, write_at
+from convert.disk import flush_file, naming, write_at
 from convert.plan import OutputFile, Unit
 
 
@@ -27,8 +27,9 @@ class Writer:
         for name, file in self.files.items():
             descriptor = os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o644)
             try:
-                os.ftruncate(descriptor, file.nbytes)
-                write_at(descriptor, file.header, 0)
+                with naming(self.folder / name):
+                    os.ftruncate(descriptor, file.nbytes)
+                    write_at(descriptor, file.header, 0)
             finally:
                 os.close(descriptor)
             self._dirty.add(name)
@@ -43,7 +44,8 @@ class Writer:
             for (offset, nbytes), buffer in zip(ranges(unit), buffers, strict=True):
                 assert buffer.nbytes == nbytes, (unit.sources, buffer.nbytes, nbytes)
                 digest.update(buffer)
-                write_at(descriptor, buffer, offset)
+                with naming(self.folder / unit.file):
+                    write_at(descriptor, buffer, offset)
         finally:
             os.close(descriptor)
         with self._lock:

@@ -1,9 +1,11 @@
 """Conversion from a repository: the real hub client against a server on this machine."""
 
 import json
+import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import hub_server
@@ -106,11 +108,10 @@ def test_whole_run_with_discard(server, checkpoint, tmp_path):
 
 def disk_use(folder: Path) -> int:
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_blocks * 512 if path.is_file() else 0
-        except FileNotFoundError:
-            pass  # gone between the listing and the look
+    for parent, _, names in os.walk(folder):  # passes over folders that are gone by then
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += Path(parent, name).stat().st_blocks * 512
     return total
 
 

@@ -356,7 +356,7 @@ def test_the_branch_moves_on_in_the_middle(models, hub, run, stop, tmp_path):
     hub.push(NEXT, models[1])
     status, text = run("run", REPO, out, "--discard-source", "--revision", "main")
     assert status == 2 and f"begun from `{REPO}` at revision `{COMMIT}`; this run reads" in text
-    assert f"`--revision {COMMIT}` to resume" in text
+    assert f"`--revision {COMMIT}` resumes it" in text
     status, text = run("run", REPO, out, "--discard-source")
     assert status == 0
     assert f"continuing with revision `{COMMIT}`, with which this conversion began" in text

@@ -99,3 +99,31 @@ def test_unquantised_folder_gets_a_bf16_sidecar(folders, tmp_path):
     assert "quantization" not in json.loads((plain / "config.json").read_text())
     whole = convert(hub, tmp_path / "whole", "--recipe", "bf16")
     assert (plain / "mtp.safetensors").read_bytes() == (whole / "mtp.safetensors").read_bytes()
+
+
+def test_a_folder_without_an_index_is_verified(folders, peer, capsys):
+    """One `model.safetensors` needs no index: it was a traceback."""
+    shards = sorted(peer.glob("model*.safetensors"))
+    tensors = {name: array for shard in shards for name, array in mx.load(str(shard)).items()}
+    mx.save_safetensors(str(peer / "one"), tensors, {"format": "mlx"})
+    for path in (*shards, peer / "model.safetensors.index.json"):
+        path.unlink()
+    (peer / "one.safetensors").rename(peer / "model.safetensors")
+    assert add_mtp(folders[0], peer) == 0
+    argv = ["verify", str(peer)]
+    assert run_main(lambda: main(argv)) == 0
+    output = capsys.readouterr().out
+    assert "is good; conversion.json speaks of config.json and mtp.safetensors alone\n" in output
+    with open(peer / "model.safetensors", "r+b") as file:
+        file.truncate((peer / "model.safetensors").stat().st_size - 8)
+    assert run_main(lambda: main(argv)) == 1
+    assert "model.safetensors` is truncated: " in capsys.readouterr().err
+
+
+def test_weights_that_an_index_does_not_name(folders, peer, capsys):
+    """mlx-lm loads every `model*.safetensors`, whatever the index says."""
+    assert add_mtp(folders[0], peer) == 0
+    shutil.copy(peer / "mtp.safetensors", peer / "model-more.safetensors")
+    assert run_main(lambda: main(["verify", str(peer)])) == 1
+    text = capsys.readouterr().err
+    assert "`model.safetensors.index.json` does not name `model-more.safetensors`" in text

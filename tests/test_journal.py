@@ -4,7 +4,7 @@ import pytest
 
 from convert.journal import Done, Journal
 
-HEAD = {"recipe": "q4"}
+HEAD = {"recipe": "q4", "plan": "0f", "units": 9, "mlx": "0.32", "device": "cpu"}
 ERRORS = [[0.1, 2.5e-7], None]
 
 
@@ -107,7 +107,7 @@ def test_finishing_is_remembered(tmp_path):
 
 def test_units_to_do_again_are_forgotten_with_the_new_head(tmp_path):
     """In one line: after a kill, neither the old head's units nor the new head stand alone."""
-    path, head = tmp_path / "journal", {"recipe": "q4", "files": {}}
+    path, head = tmp_path / "journal", HEAD | {"files": {}}
     before = write(path, 4, 2)
     journal = Journal(path)
     assert set(journal.begin(head, [1, 5])) == {4}

@@ -262,6 +262,7 @@ def test_no_weights(tmp_path):
 def test_still_in_conversion(folder):
     """MODEL in conversion: some shards are in place, the rest in .partial."""
     (folder / ".partial").mkdir()
+    (folder / "config.json").unlink()  # it is the last file that is moved into place
     error = refusal(folder)
     assert "still in conversion" in error.message and ".partial" in error.message
     assert "convert run" in error.hint

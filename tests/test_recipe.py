@@ -61,24 +61,65 @@ def test_every_recipe_survives_conversion_json(name):
     assert from_dict(json.loads(json.dumps(RECIPES[name].as_dict())), "a record") == RECIPES[name]
 
 
+BAD = {
+    "unknown role": ({"default": 4, "expert": 2}, "unknown role `expert`"),
+    "no default": ({"experts_down": 4}, "nor `default`"),
+    "7 bits": ({"default": 7}, "gives `default` 7 as bits"),
+    "0 bits": ({"default": 4, "embedding": 0}, "gives `embedding` 0 as bits"),
+    "0 bits in an object": ({"default": {"bits": 0}}, "0 as bits"),
+    "bits that are a float": ({"default": {"bits": 4.0}}, "`4.0` as bits"),
+    "bits that are true": ({"default": 4, "mtp": True}, "gives `mtp` `true` as bits"),
+    "bits that are null": ({"default": {"bits": None}}, "`null` as bits"),
+    "bits that are text": ({"default": "4"}, '`"4"` as bits'),
+    "bits that are a list": ({"default": [[[]]]}, "gives `default` a list as bits"),
+    "bits without end": ({"default": 10**4000}, r"gives `default` 1000000\d+\.\.\. as bits"),
+    "groups of 48": ({"default": {"bits": 4, "group_size": 48}}, "48 as group size"),
+    "groups of 0": ({"default": {"bits": 4, "group_size": 0}}, "gives `default` 0 as group size"),
+    "unknown mode": ({"default": {"bits": 4, "mode": "awq"}}, 'gives `default` `"awq"` as mode'),
+    "mode that is a list": ({"default": {"mode": ["affine"]}}, "a list as mode"),
+    "mode that is empty": ({"default": {"mode": ""}}, '`""` as mode'),
+    "unknown key": ({"default": {"bits": 4, "group": 64}}, "gives `default` the unknown key `gr"),
+    "unknown dtype": ({"default": 4, "dtype": "F16"}, 'has `"F16"` as its `dtype`'),
+    "dtype that is a list": ({"default": 4, "dtype": ["BF16"]}, "has a list as its `dtype`"),
+    "name that is a number": ({"default": 4, "name": 5}, "has 5 as its `name`"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_json_recipes_are_refused(case):
+    """0 bits were 4 bits, for a default took the place of all that is false; 4.0 was a crash."""
+    values, words = BAD[case]
+    with pytest.raises(UserError, match=words) as error:
+        from_dict(values, "`mine.json`")
+    assert error.value.message.startswith("`mine.json` ") and error.value.hint
+
+
 @pytest.mark.parametrize(
-    ("values", "word"),
+    ("flags", "words"),
     [
-        ({"default": 4, "expert": 2}, "unknown role `expert`"),
-        ({"experts_down": 4}, "nor `default`"),
-        ({"default": 7}, "7 bits"),
-        ({"default": {"bits": 4, "group_size": 48}}, "groups of 48"),
-        ({"default": {"bits": 4, "mode": "awq"}}, "mode `awq`"),
-        ({"default": "four"}, "`four`"),
-        ({"default": 4, "dtype": "F16"}, "`F16`"),
+        (("q4", 4, None, None), "excludes"),
+        (("q4", 0, None, None), "excludes"),
+        (("q5", None, None, None), "no recipe `q5`"),
+        (("", None, None, None), "no recipe ``"),
+        (("q4.json", None, None, None), "no recipe `q4.json`"),
+        ((None, 4, 48, None), "the command line gives 48 as group size"),
+        ((None, 0, None, None), "the command line gives 0 as bits"),
+        ((None, None, 0, None), "the command line gives 0 as group size"),
+        ((None, 4, None, "mxfp8"), "the command line gives 4 as bits"),
     ],
 )
-def test_bad_json_recipes_are_refused(values, word):
-    with pytest.raises(UserError, match=word):
-        from_dict(values, "`mine.json`")
+def test_bad_flags_are_refused(flags, words):
+    """`--q-bits 0` converted to 4 bits without a word."""
+    with pytest.raises(UserError, match=words):
+        choose(*flags)
 
 
-def test_bad_flags_are_refused():
-    for flags in (("q4", 4, None, None), ("q5", None, None, None), (None, 4, 48, None)):
-        with pytest.raises(UserError):
-            choose(*flags)
+def test_a_file_that_equals_a_built_in_recipe_is_that_recipe(tmp_path):
+    """Parity judges a folder by the bounds of its recipe's name: 8 bits were judged as 2."""
+    path = tmp_path / "q2.json"
+    for content, name in (({"default": 2}, "q2"), ({"default": 8}, "q8")):
+        path.write_text(json.dumps(content))
+        assert choose(str(path), None, None, None) == RECIPES[name]
+    path.write_text(json.dumps({"default": 8, "head": None}))
+    recipe = choose(str(path), None, None, None)
+    assert recipe.name == "q2.json" and recipe.by_role["head"] is None

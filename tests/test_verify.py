@@ -72,12 +72,18 @@ def test_missing_and_short_files_are_found(out, capsys):
     assert "`LICENSE` is missing" in text and "`tokenizer.json` has 2 bytes" in text
 
 
-def seal(folder) -> None:
+def seal(folder, **changes) -> None:
     """Make conversion.json agree with what the files now hold."""
     manifest = json.loads((folder / "conversion.json").read_text())
-    manifest["files"] = {name: file_entry(folder / name) for name in manifest["files"]}
+    files = manifest["files"]
+    manifest["files"] = {name: file_entry(folder / name) for name in files if name in there(folder)}
+    manifest |= changes
     manifest["digest"] = manifest_digest(manifest)
     write_json(folder / "conversion.json", manifest)
+
+
+def there(folder) -> set[str]:
+    return {path.name for path in folder.iterdir()}
 
 
 def change(folder, file: str, name: str, edit) -> None:
@@ -135,3 +141,131 @@ def test_other_folders_are_refused(pair, tmp_path, capsys):
     (tmp_path / "half" / ".partial").mkdir(parents=True)
     assert verify(tmp_path / "half") == 2
     assert "still in conversion" in capsys.readouterr().err
+
+
+ADDED = (
+    "chat_template.jinja",
+    "Chat_Template.JINJA",  # the same file on the disk of a Mac
+    "generation_config.json",
+    "added_tokens.json",
+    "tokenization_mine.py",
+    "vocab.txt",
+    "mtp.safetensors",
+    "model-extra.safetensors",
+    "additional_chat_templates",
+)
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_files_that_were_added_are_found(out, capsys, name):
+    """A template put into a folder drives every chat, and the folder was good."""
+    if name in there(out):
+        (out / name).unlink()
+        seal(out)
+    assert verify(out) == 0
+    if "templates" in name:
+        (out / name).mkdir()
+    else:
+        (out / name).write_text("{}")
+    assert verify(out) == 1
+    assert f"`{name}` was added: conversion.json does not list it\n" == capsys.readouterr().err
+
+
+def test_what_no_program_reads_may_be_added(out):
+    for name in ("README.md", ".DS_Store", ".gitattributes", "notes.pdf"):
+        (out / name).write_text("mine")
+    (out / ".cache" / "huggingface").mkdir(parents=True)
+    assert verify(out) == 0
+
+
+def test_files_that_conversion_json_leaves_out_are_found(out, capsys):
+    """An empty list with a right digest was good: nothing was compared with anything."""
+    seal(out, files={})
+    assert verify(out) == 1
+    text = capsys.readouterr().err
+    for name in there(out) - {"conversion.json", "config.json", "model.safetensors.index.json"}:
+        assert f"`{name}` was added" in text
+    assert "`conversion.json` does not list `config.json`" in text
+    assert "does not list `model.safetensors.index.json`" in text
+
+
+def test_an_index_that_names_files_which_are_not_there(pair, out, capsys):
+    """The file and its entry in conversion.json were taken away, the index was not."""
+    file = "model-experts-00001.safetensors"
+    (out / file).unlink()
+    seal(out)
+    assert verify(out) == 1
+    text = capsys.readouterr().err
+    assert f"`model.safetensors.index.json` names `{file}`, which conversion.json does" in text
+    (out / "mtp.safetensors").unlink()
+    shutil.copy(pair[1] / file, out)
+    seal(out)
+    manifest = json.loads((pair[1] / "conversion.json").read_text())
+    listed = {name: entry for name, entry in manifest["files"].items() if "mtp" not in name}
+    seal(out, files=listed)
+    assert verify(out) == 0
+    assert verify(out, "--source", pair[0]) == 1
+    text = capsys.readouterr().err
+    assert "`mtp.safetensors` does not hold the tensors that follow from the source" in text
+
+
+def test_a_sidecar_of_another_model(out, tmp_path, capsys):
+    """Equal shapes and other weights: the header says nothing."""
+    path = out / "mtp.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-100:] = bytes(100)
+    path.write_bytes(data)
+    assert verify(out) == 1
+    assert "`mtp.safetensors` was changed" in capsys.readouterr().err
+
+
+def test_links_count_as_what_they_lead_to(out, tmp_path, capsys):
+    """The hub's cache is made of links; a folder or a link to nothing is no file."""
+    real = tmp_path / "real"
+    real.mkdir()
+    for path in [*out.iterdir()]:
+        path.rename(real / path.name)
+        path.symlink_to(real / path.name)
+    assert verify(out) == 0
+    (real / "LICENSE").unlink()
+    (out / "tokenizer.json").unlink()
+    (out / "tokenizer.json").mkdir()
+    assert verify(out) == 1
+    text = capsys.readouterr().err
+    assert "`LICENSE` is not a file" in text and "`tokenizer.json` is not a file" in text
+
+
+def test_names_in_conversion_json_are_words(out, capsys):
+    """`[/x]` was markup, and ended in a traceback of the library that prints tables."""
+    worst = {"tensor": "[/x] :bomb: \x1b]0;x\x07", "relative_rms_error": 0.5}
+    role = {"bytes": 1, "bits_per_weight": 4.5, "worst": worst}
+    seal(out, roles={"[red]\x1b[2J": role})
+    assert verify(out) == 0
+    text = capsys.readouterr().out
+    assert "[red]\\x1b[2J" in text and "[/x] :bomb: \\x1b]0;x\\x07" in text and "\x1b" not in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"files": {"/etc/passwd": {"bytes": 1, "sha256": ""}}}, "`files./etc/passwd`"),
+        ({"files": {"../x": {"bytes": 1, "sha256": ""}}}, "`files.../x`"),
+        ({"files": {"config.json": {}}}, "`files.config.json`"),
+        ({"files": None}, "`files`"),
+        ({"roles": {"mtp": {}}}, "`roles.mtp`"),
+        ({"recipe": {}}, "`recipe`"),
+        ({"layout": "other"}, "`layout`"),
+        ({"source": {"id": 5}}, "`source.id`"),
+    ],
+)
+def test_a_crafted_conversion_json(out, capsys, changes, words):
+    """Each was a traceback, or a file outside the folder that was opened."""
+    seal(out, **changes)
+    assert verify(out) == 2
+    assert f"conversion.json` has {words} = " in capsys.readouterr().err
+
+
+def test_a_recipe_that_cannot_be_derived(pair, out, capsys):
+    seal(out, recipe={"name": "q4", "default": "x"})
+    assert verify(out, "--source", pair[0]) == 2
+    assert "error: `conversion.json` gives `default` " in capsys.readouterr().err

@@ -35,8 +35,9 @@ from mlx_dsv3.checkpoint.headers import (
     read_header,
 )
 from mlx_dsv3.checkpoint.hub import HEADER_REQUESTS, Repo, cached_snapshots, is_repo_id
+from mlx_dsv3.checkpoint.unfinished import how_to_finish, lacks_sidecar
 from mlx_dsv3.config import ModelArgs, read_config
-from mlx_dsv3.errors import UserError
+from mlx_dsv3.errors import UserError, visible
 from mlx_dsv3.sizes import gigabytes
 
 # What belongs to a model besides its weights.
@@ -122,10 +123,7 @@ def open_repo(repo: Repo, with_mtp: bool = True) -> Folder:
 def describe(path: Path, name: str, present: set[str], header: Callable[[Path], dict]) -> Folder:
     """Return a folder of which the files `present` exist; `name` is what the user called it."""
     if PARTIAL in present:
-        raise UserError(
-            f"`{name}` is still in conversion (it holds `{PARTIAL}`)",
-            f"`python -m convert run SOURCE {name}` resumes it",
-        )
+        present = present - left_unfinished(path, name, present)
     config = check_config(path, name)
     args = ModelArgs.from_dict(config)
     files = weight_names(path, name, present)
@@ -140,6 +138,23 @@ def describe(path: Path, name: str, present: set[str], header: Callable[[Path], 
     sidecar = header(path / SIDECAR) if SIDECAR in present else {}
     check_tensors(tensors | sidecar)
     return Folder(path, config, args, tensors, sidecar)
+
+
+def left_unfinished(path: Path, name: str, present: set[str]) -> set[str]:
+    """Return what is not to be looked at while `.partial` is there; refuse where nothing else is.
+
+    The main model of a folder that `convert mtp` has begun with is as whole as before.
+    """
+    command = how_to_finish(path, name)
+    if "config.json" not in present:
+        raise UserError(
+            f"`{name}` is still in conversion (it holds `{PARTIAL}`)", f"`{command}` finishes it"
+        )
+    if not lacks_sidecar(path):
+        return set()
+    note = f"`{name}` is used without its MTP layer, which `{command}` has yet to finish"
+    print(visible(note), file=sys.stderr)
+    return {SIDECAR}
 
 
 def check_config(path: Path, name: str) -> dict:

@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from mlx_dsv3.checkpoint.recipe import known_name
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.parity.differences import Stage, TokenDifferences
 from mlx_dsv3.parity.replay import Result
@@ -91,12 +92,13 @@ class Sources:
 def recipe_of(conversion: dict | None, config: dict) -> str:
     """Return the name of the row that fits a folder: its recipe, else its bits.
 
-    `conversion` is the contents of conversion.json, None for a folder converted elsewhere. Raises
+    `conversion` is the contents of conversion.json, None for a folder converted elsewhere. What it
+    calls its recipe does not count, and that of a sidecar alone is not the folder's. Raises
     `UserError` where no row is near.
     """
-    name = (conversion or {}).get("recipe", {}).get("name")
-    if name in RECIPES:
-        return name
+    if conversion and conversion.get("layout") != "mtp":
+        if name := known_name(conversion.get("recipe")):
+            return name
     quantization = config.get("quantization")
     if not quantization:
         return "bf16"

@@ -519,7 +519,6 @@ def test_ties_do_not_count_outside_ties():
 
 def test_bounds_of_folders_converted_elsewhere():
     """mlx-community folders have no conversion.json: their bits decide, never the folder's name."""
-    assert bounds.recipe_of({"recipe": {"name": "q4"}}, {}) == "q4"
     assert bounds.recipe_of(None, {}) == "bf16"
     assert bounds.recipe_of(None, {"quantization": {"bits": 8, "group_size": 64}}) == "q8"
     custom = {"recipe": {"name": "mine"}}
@@ -528,6 +527,19 @@ def test_bounds_of_folders_converted_elsewhere():
     assert bounds.recipe_of(None, mode) == "mxfp4"
     with pytest.raises(UserError, match="no bounds for quantisation `q5`"):
         bounds.recipe_of(None, {"quantization": {"bits": 5, "group_size": 64}})
+
+
+def test_a_recipe_is_known_by_its_content():
+    """A file `q2.json` with 8 bits was recorded as `q2`, and judged by the bounds of 2 bits."""
+    from convert.recipe import RECIPES
+
+    quantization = {"quantization": {"bits": 8, "group_size": 64}}
+    for name, recipe in RECIPES.items():
+        record = json.loads(json.dumps(recipe.as_dict() | {"name": "q2"}))
+        assert bounds.recipe_of({"recipe": record}, quantization) == name
+        assert bounds.recipe_of({"recipe": record, "layout": "mtp"}, quantization) == "q8"
+    custom = RECIPES["q8"].as_dict() | {"name": "q2", "head": None}
+    assert bounds.recipe_of({"recipe": custom}, quantization) == "q8"
 
 
 def test_every_recipe_has_bounds():
