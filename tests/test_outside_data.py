@@ -250,6 +250,14 @@ def test_what_is_not_the_hub(server: Hub, capsys, case):
         assert words in error and REPO in error
 
 
+def test_headers_of_a_repository_are_bounded(server: Hub, capsys, monkeypatch):
+    """Eight requests at once, and all that they bring is held until it is parsed."""
+    monkeypatch.setattr(headers, "MAX_HEADERS_BYTES", 10_000)
+    assert f"the headers of `{REPO}` have more than 10,000" in refusal(
+        capsys, chat.main, REPO, "--plan"
+    )
+
+
 @pytest.mark.parametrize("status", [301, 400, 404, 410, 503])
 def test_a_hub_that_refuses(server: Hub, capsys, status):
     """Redirects that lead to themselves, and statuses that no protocol foresees."""

@@ -2,8 +2,9 @@
 
 A file is 8 bytes of header length (little endian), a JSON header, then data. Headers come from
 strangers and are checked to the byte: the tensors must fill the file, so that a download cut short
-or a header that lies is found before a wrong byte is computed with. Standard library only; the
-converter, the memory plan and the expert store all work from these.
+or a header that lies is found before a wrong byte is computed with; and how many they may be is
+bounded, so that none takes the machine's memory. Standard library only; the converter, the memory
+plan and the expert store all work from these.
 """
 
 import math
