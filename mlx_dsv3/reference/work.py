@@ -177,7 +177,10 @@ class WorkFolder:
 
     def close(self) -> None:
         """Give the lock back; the work stays for the next run."""
-        if self._lock:
+        if self._lock is None:
+            return
+        try:
             if self.path.exists() and not (self.path / SETTINGS).exists():
                 self.remove()
+        finally:
             self._lock.close()
