@@ -6,9 +6,9 @@ no line with this one: a mistake in one reading shows as a difference between th
 """
 
 from dataclasses import MISSING, dataclass, fields
-from reprlib import Repr
 
 from mlx_dsv3.errors import UserError
+from mlx_dsv3.reference.files import shown
 
 # What `model.py` computes without asking; a config that says otherwise is refused. Null is absent.
 FIXED = {
@@ -67,9 +67,6 @@ YARN = {
 }
 ROPE_SETTINGS = {*YARN, "type", "rope_type", "rope_theta", "partial_rotary_factor", "truncate"}
 HINT = "copy config.json from the model's page on the hub"
-
-_short = Repr()
-_short.maxother = _short.maxlong = 40
 
 
 @dataclass
@@ -148,11 +145,6 @@ class Args:
 def refuse(name: str, value, why: str) -> None:
     """Raise `UserError` for the value of a field."""
     raise UserError(f"config.json has `{name}` = `{shown(value)}`; {why}", HINT)
-
-
-def shown(value) -> str:
-    """Return a value of a JSON file as a sentence shows it; a long one is cut short."""
-    return value[:60] if isinstance(value, str) else _short.repr(value)
 
 
 def refuse_unknown(config: dict, where: str, rope: dict) -> None:

@@ -199,13 +199,14 @@ def run(args: argparse.Namespace, device: str) -> int:
 @torch.inference_mode()
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    if parallel.num_processes() == 1:
-        return run(args, args.device)
-    device = parallel.start(args.device)
-    try:
-        return run(args, device)
-    finally:
-        torch.distributed.destroy_process_group()
+    with source.enough_memory(args.device):
+        if parallel.num_processes() == 1:
+            return run(args, args.device)
+        device = parallel.start(args.device)
+        try:
+            return run(args, device)
+        finally:
+            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

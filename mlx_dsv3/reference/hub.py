@@ -13,8 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.reference.args import Args, block_size, shown
-from mlx_dsv3.reference.files import AGAIN, Entry, Header, read_bytes, read_header, read_object
+from mlx_dsv3.reference.args import Args, block_size
+from mlx_dsv3.reference.files import (
+    AGAIN,
+    MOST_VALUES,
+    Entry,
+    Header,
+    read_bytes,
+    read_header,
+    read_object,
+    shown,
+)
 from mlx_dsv3.reference.fp8 import BLOCK, PLAIN, Operations
 from mlx_dsv3.reference.model import Model, is_moe_layer, make_layer
 
@@ -56,6 +65,8 @@ class HubTensors:
             if not (self.folder / shard).exists():
                 raise UserError(f"`{shard}` is missing from `{self.folder}`", "download it again")
             self._headers[shard] = read_header(self.folder / shard)
+            if sum(len(header.entries) for header in self._headers.values()) > MOST_VALUES:
+                raise UserError(f"`{self.folder}` holds more tensors than any model", OTHER)
         return self._headers[shard]
 
     def entry(self, name: str) -> Entry:
@@ -117,7 +128,7 @@ def read_index(path: Path) -> dict[str, str]:
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise UserError(
-                f"`{path}` puts `{name}` into `{shown(shard)}`, which is not a file name",
+                f"`{path}` puts `{shown(name)}` into `{shown(shard)}`, which is not a file name",
                 AGAIN,
             )
     return weight_map
@@ -143,7 +154,7 @@ def check_tensors(tensors: HubTensors, args: Args) -> None:
     for name in tensors.shard_of:
         if name not in known and not name.endswith("rotary_emb.inv_freq"):
             raise UserError(
-                f"the shards hold `{name}`, which the model of config.json does not have",
+                f"the shards hold `{shown(name)}`, which the model of config.json does not have",
                 OTHER,
             )
 

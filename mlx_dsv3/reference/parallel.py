@@ -46,7 +46,12 @@ def start(device: str) -> str:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         check_device(device)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        hint = "`torchrun --nproc-per-node N` on one machine needs no more"
+        raise UserError(f"the processes cannot reach each other: {reason}", hint) from None
     return device
 
 

@@ -288,7 +288,7 @@ def main(argv: list[str] | None = None) -> int:
     work = WorkFolder(Path(args.golden))
     try:
         work.lock()
-        with torch.inference_mode():
+        with torch.inference_mode(), source.enough_memory(args.device):
             metadata = record(args, work)
     finally:
         work.close()

@@ -5,6 +5,8 @@ multiplies, texts. Ids are checked wherever they come from.
 """
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -72,6 +74,21 @@ def open_checkpoint(args: argparse.Namespace, device: str) -> tuple[HubTensors, 
     check_tokens(config)
     name = args.arithmetic or ("fp8" if config.get("quantization_config") else "bf16")
     return tensors, weights.arithmetic_of(name, config, device, operations)
+
+
+@contextmanager
+def enough_memory(device: str) -> Iterator[None]:
+    """Tell in a sentence where memory ends; torch has an error for each kind of it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not is_memory and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise UserError(
+            f"the memory of `{device}` does not suffice",
+            "a shorter text, or fewer texts at once, take less; so does `--max-tokens`",
+        ) from None
 
 
 def open_tokenizer(folder: Path) -> Tokenizer:
