@@ -8,15 +8,15 @@ they equal the token so chosen (spec 4.5), so the text does not depend on `--dra
 the model is divided among the processes (`parallel.py`).
 """
 
-import argparse
-import sys
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-
 from mlx_dsv3.errors import UserError, imports, run_program
 
 with imports(__name__):
+    import argparse
+    import sys
+    from collections.abc import Collection, Iterator
+    from dataclasses import dataclass
+    from pathlib import Path
+
     import torch
     from tokenizers import Tokenizer
     from torch import Tensor

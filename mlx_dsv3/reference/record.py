@@ -7,19 +7,19 @@ command resumes after the last finished layer. `python -m mlx_dsv3.parity MODEL 
 the file against an MLX conversion, on a machine that has neither the checkpoint nor torch.
 """
 
-import argparse
-import hashlib
-import importlib.metadata
-import json
-import subprocess
-import sys
-import time
-from dataclasses import asdict
-from pathlib import Path
-
 from mlx_dsv3.errors import UserError, imports, read_text, run_program
 
 with imports(__name__):
+    import argparse
+    import hashlib
+    import importlib.metadata
+    import json
+    import subprocess
+    import sys
+    import time
+    from dataclasses import asdict
+    from pathlib import Path
+
     import torch
     from torch import Tensor
 
