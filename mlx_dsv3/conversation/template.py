@@ -4,8 +4,8 @@ transformers runs it in a sandbox that keeps it from the machine, and not from t
 template that fails is told in one sentence, with its file. Knows no ids and no conversation.
 """
 
+import resource
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +16,7 @@ from mlx_dsv3.errors import UserError
 LONGEST_S = 5.0  # real templates take 0.01 s with their compilation
 MOST_BYTES = 1 << 30
 MOST_CHARACTERS = 1_000_000  # of a first message, where real ones write some hundred
+STATM = Path("/proc/self/statm")  # Linux: the pages of this process
 UNSAID = {"MemoryError": "more than a template may take"}
 OF_THIS_MODEL = "copy the chat template of this model from the hub"
 
@@ -98,12 +99,10 @@ def bounded(tokenizer) -> Iterator[None]:
 @contextmanager
 def limited_memory() -> Iterator[None]:
     """Refuse the process more than MOST_BYTES of new memory, where the system can."""
-    if sys.platform != "linux":
+    if not STATM.is_file():  # macOS takes such a limit and does not keep it
         yield
         return
-    import resource
-
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    pages = int(STATM.read_text().split()[0])
     before = resource.getrlimit(resource.RLIMIT_AS)
     most = pages * resource.getpagesize() + MOST_BYTES
     if before[0] != resource.RLIM_INFINITY:
