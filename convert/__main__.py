@@ -121,7 +121,8 @@ def keep_revision(args: argparse.Namespace, destination: Destination, progress: 
 def begin(args: argparse.Namespace) -> tuple[Progress, Destination]:
     """Return what reports and where it goes, checked before the source is looked at."""
     progress, destination = Progress(choose_style(args.json)), Destination(args.dest, args.words)
-    destination.check_place(Path(args.source))
+    destination.check_command()
+    destination.check_place()
     keep_revision(args, destination, progress)
     return progress, destination
 
@@ -138,6 +139,7 @@ def plan_command(args: argparse.Namespace) -> None:
 def run_command(args: argparse.Namespace) -> None:
     """Convert, or say that it is done already."""
     progress, destination = begin(args)
+    destination.check_apart_from(Path(args.source))
     plan, shards = make_plan(args)
     if plan.source.args.has_mtp and not plan.with_mtp:
         progress.note(

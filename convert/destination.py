@@ -35,32 +35,34 @@ class Destination:
         self.journal: Journal | None = None
         self._lock = None
 
-    def check_place(self, source: Path) -> None:
-        """Refuse before any work what can be no folder, lies in SOURCE, or is another command's.
-
-        A result in the source would be deleted with it, and uploaded with it.
-        """
-        begun = self.unfinished()
-        if begun.command and begun.command[0] != self.command[0]:
+    def check_command(self) -> None:
+        """Refuse a folder in which `convert run` has begun to `convert mtp`, and the reverse."""
+        begun = self.unfinished().command
+        if begun and begun[0] != self.command[0]:
             raise UserError(
-                f"`{self.folder}` holds an unfinished `convert {begun.command[0]}`, and this is "
+                f"`{self.folder}` holds an unfinished `convert {begun[0]}`, and this is "
                 f"`convert {self.command[0]}`",
-                f"`{command_line(begun.command)}` finishes it",
+                f"`{command_line(begun)}` finishes it",
             )
+
+    def check_place(self) -> None:
+        """Refuse before any work what cannot be a folder, or one that takes no files."""
         paths = (self.folder, *self.folder.absolute().parents)
         nearest = next(path for path in paths if os.path.lexists(path))
+        why = None
         if not nearest.exists():
-            raise UserError(
-                f"`{nearest}` is a link to what is not there", "choose another destination"
-            )
-        if not nearest.is_dir():
-            raise UserError(f"`{nearest}` is not a folder", "choose another destination")
-        if not os.access(nearest, os.W_OK | os.X_OK):
-            raise UserError(
-                f"`{nearest}` takes no new files", "choose a folder that you may change"
-            )
+            why = "is a link to what is not there"
+        elif not nearest.is_dir():
+            why = "is not a folder"
+        elif not os.access(nearest, os.W_OK | os.X_OK) and not (self.folder / MANIFEST).exists():
+            why = "takes no new files"  # nor needs them, where a conversion has finished
+        if why:
+            raise UserError(f"`{nearest}` {why}", "choose another destination")
+
+    def check_apart_from(self, source: Path) -> None:
+        """Refuse a result in its source: it would be deleted with it, and uploaded with it."""
         here, source = self.folder.resolve(), source.resolve()
-        if self.command[0] == "run" and begun.head is None and here.is_relative_to(source):
+        if here.is_relative_to(source) and self.unfinished().head is None:
             where = "is the source" if here == source else "lies in the source"
             raise UserError(f"`{self.folder}` {where}", "choose a folder elsewhere as DEST")
 

@@ -19,6 +19,7 @@ from convert.disk import flush, naming, write_at
 from mlx_dsv3.checkpoint.unfinished import command_in, journal_line, parse_line
 from mlx_dsv3.errors import UserError
 
+KINDS = {"head", "unit", "synced", "finishing"}
 HEAD = {"recipe": str, "plan": str, "units": int, "mlx": str, "device": str}
 
 
@@ -149,6 +150,8 @@ def _entry(text: bytes) -> dict | None:
     try:
         entry = json.loads(text)
     except (ValueError, RecursionError):
+        return None
+    if not isinstance(entry, dict) or len(entry.keys() & KINDS) != 1:
         return None
     match entry:
         case {"unit": int(), "sha256": str(), "errors": list(errors)}:

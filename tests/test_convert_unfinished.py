@@ -178,6 +178,7 @@ FOREIGN = {
     "errors without end": b'{"unit":1,"sha256":"","errors":[[1e999,2]]}',
     "negative errors": b'{"unit":1,"sha256":"","errors":[[-1,2]]}',
     "units that were not written": b'{"synced":[1000000]}',
+    "two entries in one": b'{"unit":1,"synced":[]}',
     "synced by name": b'{"synced":"all"}',
     "words of a later version": b'{"paused":1}',
 }

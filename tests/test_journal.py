@@ -1,8 +1,13 @@
 """The journal: what it believes after a kill, a torn line, a lost tail, a failed flush."""
 
+import json
+import random
+
 import pytest
 
 from convert.journal import Done, Journal
+from mlx_dsv3.checkpoint.unfinished import journal_line
+from mlx_dsv3.errors import UserError
 
 HEAD = {"recipe": "q4", "plan": "0f", "units": 9, "mlx": "0.32", "device": "cpu"}
 ERRORS = [[0.1, 2.5e-7], None]
@@ -128,3 +133,42 @@ def test_an_unreadable_head_begins_anew(tmp_path):
     assert journal.head is None and journal.begin(HEAD) == {}
     journal.close()
     assert Journal(path).head == HEAD
+
+
+NONSENSE = [None, True, -1, 10**30, 1.5, float("nan"), "", "x", [], [1], [[]], {}, {"unit": 1}]
+
+
+def spoil(value, draw: random.Random):
+    """Return a JSON value of which some part is missing, added or another."""
+    if not value or not isinstance(value, dict | list) or draw.random() < 0.2:
+        return draw.choice(NONSENSE)
+    copy = value.copy()
+    place = draw.choice(list(copy)) if isinstance(copy, dict) else draw.randrange(len(copy))
+    what = draw.random()
+    if what < 0.2:
+        del copy[place]
+    elif what < 0.4 and isinstance(copy, dict):
+        copy[draw.choice(["unit", "synced", "head", "finishing", "again"])] = draw.choice(NONSENSE)
+    else:
+        copy[place] = spoil(copy[place], draw)
+    return copy
+
+
+def test_whole_lines_that_say_something_else(tmp_path):
+    """Every line has its checksum: a journal is read, or refused in a sentence, and goes on."""
+    path, draw, refused = tmp_path / "journal", random.Random(0), 0
+    lines = write(path, 3, 2).splitlines()
+    entries = [json.loads(line.partition(b" ")[2]) for line in lines]
+    for _ in range(1000):
+        spoilt = [*entries, {"finishing": True}]
+        place = draw.randrange(len(spoilt))
+        spoilt[place] = spoil(spoilt[place], draw)
+        path.write_bytes(b"".join(map(journal_line, spoilt)))
+        try:
+            journal = Journal(path)
+            journal.begin(journal.head)
+            journal.close()
+        except UserError as error:
+            refused += 1
+            assert error.message.startswith(f"`{path}` was written by another version")
+    assert 500 < refused < 1000
