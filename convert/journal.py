@@ -169,13 +169,13 @@ def _entry(text: bytes) -> dict | None:
 
 def _is_head(head: dict) -> bool:
     """Say whether `head` is one of `run`; what earlier versions did not write may lack."""
-    source, files = head.get("source") or {}, head.get("files", {})
+    source = head.get("source")
+    files = head.get("files", {} if source is None else None)
     return (
         all(isinstance(head.get(key), kind) for key, kind in HEAD.items())
-        and isinstance(source, dict)
-        and all(isinstance(value, str | None) for value in source.values())
+        and isinstance(source, dict | None)
+        and all(isinstance(value, str | None) for value in (source or {}).values())
         and isinstance(files, dict)
-        and ("files" in head or not source)
     )
 
 

@@ -166,11 +166,18 @@ def test_a_recipe_by_another_name_resumes(folders, run, interrupted, tmp_path):
     assert json.loads((out / "conversion.json").read_text())["recipe"]["name"] == "q2.json"
 
 
+def journal_head(**changes) -> bytes:
+    head = {"recipe": "q4", "plan": "0f", "units": 9, "mlx": "0.32", "device": "cpu"}
+    return json.dumps({"head": head | changes}).encode()
+
+
 FOREIGN = {
     "a list": b"[]",
     "not JSON": b"{",
     "nested": b"[" * 100_000,
     "a head that is a list": b'{"head":[]}',
+    "a source that is a list": journal_head(source=[]),
+    "a source without files": journal_head(source={}),
     "a head without a plan": b'{"head":{"recipe":"q4"}}',
     "a unit without a digest": b'{"unit":1}',
     "a unit by name": b'{"unit":"1","sha256":"","errors":[]}',
