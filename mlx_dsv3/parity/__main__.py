@@ -24,13 +24,13 @@ with imports(__name__):
     from mlx_dsv3.checkpoint.folder import Folder, open_model
     from mlx_dsv3.checkpoint.format import MANIFEST, read_manifest
     from mlx_dsv3.load import Loaded, load_model
-    from mlx_dsv3.options import Parser, whole
+    from mlx_dsv3.options import Parser, number, whole
     from mlx_dsv3.parity.bounds import RECIPES, Sources, Verdict, recipe_of
     from mlx_dsv3.parity.capacities import compare_capacities
     from mlx_dsv3.parity.golden import Golden, dtype_name, read_golden
     from mlx_dsv3.parity.perplexity import measure_perplexity
     from mlx_dsv3.parity.replay import Replay, check_same_model, same_source
-    from mlx_dsv3.parity.report import as_json, check_plot, plot, print_report
+    from mlx_dsv3.parity.report import PLOT_HINT, as_json, check_plot, plot, print_report
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
 CONTEXT = 2048
@@ -67,17 +67,21 @@ def check(args: argparse.Namespace, folder: Folder, load: Callable[..., Loaded])
 def tell(args: argparse.Namespace, golden: Golden, about: dict, verdict: Verdict) -> int:
     """Print and draw what was found; return the exit status."""
     if args.json:
-        print(json.dumps(as_json(golden, about, verdict), indent=2))
+        print(json.dumps(as_json(golden, about, verdict), indent=2, allow_nan=False), flush=True)
     else:
         print_report(golden, about, verdict)
-    if args.plot:
-        plot(verdict, about, args.plot)
-    if not verdict.breaches:
-        return 0
-    print(f"error: {verdict.breaches[0]}", file=sys.stderr)
-    if golden.has_every_state and not args.teacher_forced:
-        print(TEACHER_HINT, file=sys.stderr)
-    return 1
+    if verdict.breaches:
+        print(f"error: {verdict.breaches[0]}", file=sys.stderr)
+        if golden.has_every_state and not args.teacher_forced:
+            print(TEACHER_HINT, file=sys.stderr)
+    status = 1 if verdict.breaches else 0
+    try:
+        if args.plot:
+            plot(verdict, about, args.plot)
+    except Exception as error:  # matplotlib's of any kind; the report is out already
+        print(UserError(f"`{args.plot}` was not drawn: {error}", PLOT_HINT), file=sys.stderr)
+        status = status or 2
+    return status
 
 
 TEACHER_HINT = "\nhint: `--teacher-forced` tells one wrong layer from differences that piled up"
@@ -85,9 +89,13 @@ TEACHER_HINT = "\nhint: `--teacher-forced` tells one wrong layer from difference
 
 def perplexity(args: argparse.Namespace, folder: Folder, load: Callable[..., Loaded]) -> int:
     """Print the perplexity of a text file, in windows of `--context` tokens."""
-    found = measure_perplexity(folder, args.file, args.context, load)
+    args.context = args.context or min(CONTEXT, folder.args.max_position_embeddings)
+    check_length("--context", args.context, folder)
+    trusts = args.trust_remote_code
+    found = measure_perplexity(folder, args.file, args.context, load, trusts)
     if args.json:
-        print(json.dumps({"model": args.model, "file": str(args.file)} | found))
+        about = {"model": args.model, "file": str(args.file)}
+        print(json.dumps(about | found, allow_nan=False))
     else:
         print(
             f"perplexity {found['perplexity']:.4f} ({found['nats_per_token']:.4f} nats per token, "
@@ -99,6 +107,7 @@ def perplexity(args: argparse.Namespace, folder: Folder, load: Callable[..., Loa
 
 def capacities(args: argparse.Namespace, folder: Folder, load: Callable[..., Loaded]) -> int:
     """Compare logits at several expert capacities bit by bit; return 1 where any differs."""
+    check_length("--tokens", args.tokens, folder)
     status, least, most = 0, folder.args.num_experts_per_tok, folder.args.n_routed_experts
     if bad := [count for count in args.slots or () if not least <= count <= most]:
         raise UserError(f"`--slots` has {bad[0]}", f"this model takes {least} to {most} per layer")
@@ -109,13 +118,23 @@ def capacities(args: argparse.Namespace, folder: Folder, load: Callable[..., Loa
     return status
 
 
+def check_length(flag: str, length: int, folder: Folder) -> None:
+    most = folder.args.max_position_embeddings
+    if length > most:
+        raise UserError(
+            f"`{flag}` is {length:,} and `max_position_embeddings` of the model is {most:,}",
+            f"`{flag} {most}` is the most",
+        )
+
+
 COMMANDS = {"perplexity": perplexity, "capacities": capacities}
 
 
 def add_memory(parser: argparse.ArgumentParser) -> None:
     where = ("auto", "resident", "streamed")
     parser.add_argument("--experts", choices=where, default="auto", help="in memory, or from disk")
-    parser.add_argument("--expert-memory", type=float, help="GB of expert slots", metavar="GB")
+    size = number("expert_memory")
+    parser.add_argument("--expert-memory", type=size, help="GB of expert slots", metavar="GB")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -137,7 +156,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if command == "perplexity":
         parser.add_argument("file", metavar="FILE", type=Path, help="text in UTF-8")
         window = whole("--context", 2)
-        parser.add_argument("--context", type=window, default=CONTEXT, help="tokens in a window")
+        length = f"tokens in a window (default: {CONTEXT:,})"
+        parser.add_argument("--context", type=window, metavar="N", help=length)
+        runs = "run the repository's own tokenizer code"
+        parser.add_argument("--trust-remote-code", action="store_true", help=runs)
     elif command == "capacities":
         parser.add_argument("--slots", type=int, nargs="+", help="experts in memory, per layer")
         length = whole("--tokens", 4)  # the MTP module gets a pair of half of them

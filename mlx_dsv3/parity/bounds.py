@@ -13,8 +13,8 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mlx_dsv3.checkpoint.recipe import known_name
 from mlx_dsv3.errors import UserError
+from mlx_dsv3.json_files import brief
 from mlx_dsv3.parity.differences import Stage, TokenDifferences
 from mlx_dsv3.parity.replay import Result
 
@@ -66,6 +66,7 @@ ACTIVATIONS = {
 }
 # A golden state is rounded to BF16 once more after a stage that does little else.
 ROUNDING = Bound(5e-3, 1e-2, 1e-2, 0, 0, 0, 0)
+EXPERT_ROLES = {"experts_gate_up", "experts_down"}
 NORMS = ("final norm", "MTP norm")  # never quantised
 UNQUANTIZED = ("embedding", "MTP input", *NORMS)  # no FP8 in the original arithmetic
 
@@ -90,27 +91,42 @@ class Sources:
 
 
 def recipe_of(conversion: dict | None, config: dict) -> str:
-    """Return the name of the row that fits a folder: its recipe, else its bits.
+    """Return the name of the row that fits a folder, by its fewest bits: names say nothing.
 
-    `conversion` is the contents of conversion.json, None for a folder converted elsewhere. What it
-    calls its recipe does not count, and that of a sidecar alone is not the folder's. Raises
-    `UserError` where no row is near.
+    `conversion` is the contents of conversion.json, None for a folder converted elsewhere, which
+    config.json describes: a default, and paths that differ. Raises `UserError` where no row is
+    near.
     """
-    if conversion and conversion.get("layout") != "mtp":
-        if name := known_name(conversion.get("recipe")):
-            return name
-    quantization = config.get("quantization")
-    if not quantization:
-        return "bf16"
-    name = f"q{quantization['bits']}"
-    if quantization.get("mode", "affine") != "affine":
-        name = quantization["mode"]
+    recipe = {} if conversion is None or conversion["layout"] == "mtp" else conversion["recipe"]
+    places, default = recipe, config.get("quantization")
+    if not recipe and isinstance(default, dict):
+        places = {"default": default, **default}
+    packed = {place: packing(entry) for place, entry in places.items() if isinstance(entry, dict)}
+    if not packed:
+        return "float32" if recipe.get("dtype") == "F32" else "bf16"
+    bits, mode = min(packed.values())
+    name = f"q{bits}" if mode == "affine" else mode
+    coarse = {place for place, (bits, _) in packed.items() if bits < 8}
+    if coarse <= EXPERT_ROLES and f"{name}-mixed" in RECIPES:
+        name += "-mixed"
     if name not in RECIPES:
-        raise UserError(
-            f"there are no bounds for quantisation `{name}`",
-            f"`--bounds NAME` takes those of one of {', '.join(RECIPES)}",
-        )
+        raise no_bounds(name)
     return name
+
+
+def packing(entry: dict) -> tuple[int, str]:
+    """Return bits and mode of a role or path."""
+    bits, mode = entry.get("bits"), entry.get("mode", "affine")
+    if type(bits) is not int or not isinstance(mode, str):
+        raise no_bounds(brief(entry))
+    return bits, mode
+
+
+def no_bounds(quantization: str) -> UserError:
+    return UserError(
+        f"there are no bounds for quantisation `{quantization}`",
+        f"`--bounds NAME` takes those of one of {', '.join(RECIPES)}",
+    )
 
 
 def combine(*rows: Bound) -> Bound:

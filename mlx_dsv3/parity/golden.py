@@ -6,7 +6,6 @@ it shares no code. States may hold anything (a NaN is a difference); they are re
 used. Nothing here knows the model that the file is compared with (`replay.py`).
 """
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ from typing import NoReturn
 
 import mlx.core as mx
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
+from mlx_dsv3.checkpoint.headers import parse_header, read_raw_header
 from mlx_dsv3.errors import UserError
+from mlx_dsv3.json_files import brief, parse_json
 
 FORMAT = "1"
 RECORD_HINT = "`python -m mlx_dsv3.reference.record SOURCE GOLDEN --prompt-file TEXT` writes one"
@@ -59,6 +59,7 @@ VALUES = {
     "top_logprobs": (mx.float32, -FINITE, 0.01),
 }
 ASCENDING = ("positions", "experts")
+DTYPES = ("F32", "BF16", "I32", "I16")
 
 
 @dataclass
@@ -101,15 +102,22 @@ def refuse(path: str | Path, what: str) -> NoReturn:
 def read_tensors(path: str | Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     """Return tensors, not yet read, and metadata of a safetensors file of any name.
 
-    safetensors' own parser goes first: MLX takes negative and overflowing shapes for lengths.
+    Our own parser goes first: MLX takes negative and overflowing shapes for lengths.
     """
     try:
-        if not Path(path).is_file():
-            refuse(path, "is not a file")
-        with safe_open(path, "np"):
-            return mx.load(str(path), format="safetensors", return_metadata=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        refuse(path, f"is not a safetensors file: {error}")
+        raw, size = read_raw_header(Path(path))
+        header = parse_header(Path(path), raw, size)
+    except UserError as error:
+        raise UserError(error.message, RECORD_HINT) from None
+    except ValueError as error:  # a name that no file can have
+        refuse(path, f"is not a file: {error}")
+    for name, info in header.items():
+        if info.dtype not in DTYPES:
+            refuse(path, f"has `{name}` as {info.dtype}; {', '.join(DTYPES)} are known")
+    about = parse_json(raw, f"`{path}`").get("__metadata__", {})
+    if not isinstance(about, dict) or not all(isinstance(word, str) for word in about.values()):
+        refuse(path, "has metadata that is not text")
+    return mx.load(str(path), format="safetensors"), about
 
 
 def check_metadata(path: str | Path, about: dict[str, str]) -> dict:
@@ -120,18 +128,14 @@ def check_metadata(path: str | Path, about: dict[str, str]) -> dict:
         if not about.get(field, "\n").isprintable():  # the report prints them
             refuse(path, f"has no readable `{field}` in its metadata")
     if about["arithmetic"] not in ARITHMETICS:
-        names = ", ".join(ARITHMETICS)
-        refuse(path, f"has arithmetic `{about['arithmetic']}`; known are {names}")
-    try:
-        config = json.loads(about["config"])
-    except (ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict):
-        refuse(path, "has a `config` that is not a JSON object")
+        names, found = ", ".join(ARITHMETICS), brief(about["arithmetic"])
+        refuse(path, f"has arithmetic `{found}`; known are {names}")
+    where = f"`config` in the metadata of `{path}`"
+    config = parse_json(about["config"].encode(), where, RECORD_HINT)
     for name, least in DIMENSIONS.items():
         value = config.get(name)
         if type(value) is not int or not least <= value <= MOST:
-            what = f"has `{name}` = `{value!r:.40}` in its `config`"
+            what = f"has `{name}` = `{brief(repr(value))}` in its `config`"
             refuse(path, f"{what}; a whole number from {least} is needed")
     return config
 
@@ -200,6 +204,8 @@ def check_tensor(path, name: str, tensor: mx.array, letters: str, sizes: dict[st
         refuse(path, f"has {wrong[0]} in `{name}`; {least} to {most} is possible")
     if word in ASCENDING and not (np.diff(values) > 0).all():
         refuse(path, f"has `{name}` that do not ascend")
+    if word == "top_logprobs" and not (np.exp(values).sum(-1) < 1.01).all():
+        refuse(path, f"has `{name}` of more than 100 %")
 
 
 def dtype_name(dtype: mx.Dtype) -> str:

@@ -4,45 +4,56 @@ Each window of tokens begins with BOS and knows nothing of the one before it.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_dsv3.checkpoint.folder import Folder
-from mlx_dsv3.errors import UserError
+from mlx_dsv3.errors import UserError, read_text
 from mlx_dsv3.load import Loaded, load_checked_tokenizer
 from mlx_dsv3.model.decoder import Model
 from mlx_dsv3.parity.golden import dtype_name
 
 HEAD_ROWS = 256  # positions whose logits are alive at once
+MOST_NATS = 700.0  # per token; e to the power of more is beyond a float, and NaN is not less
 
 
 def measure_perplexity(
-    folder: Folder, file: Path, context: int, load: Callable[[], Loaded]
+    folder: Folder,
+    file: Path,
+    context: int,
+    load: Callable[[], Loaded],
+    trust_remote_code: bool = False,
 ) -> dict[str, int | float | str]:
     """Return the figures of a text file in windows of `context` tokens, BOS included."""
-    if not file.is_file():
-        raise UserError(f"`{file}` is not a file", "give a text file in UTF-8")
-    bos, text = check_bos(folder), file.read_text(encoding="utf-8")
-    tokenizer = load_checked_tokenizer(folder.path, folder.args, folder.config, False)
+    bos, text = check_bos(folder), read_text(file)
+    tokenizer = load_checked_tokenizer(folder.path, folder.args, folder.config, trust_remote_code)
     ids = tokenizer.encode(text, add_special_tokens=False)
     if bos is not None and ids[:1] == [bos]:
         ids = ids[1:]
-    if len(ids) < 2:
-        raise UserError(f"`{file}` has {len(ids)} tokens", "give a longer text")
+    if not (found := list(windows(ids, bos, context))):
+        few = "no tokens" if not ids else "one token, and nothing before it to predict it from"
+        raise UserError(f"`{file}` has {few}", "give a longer text")
     loaded = load()
     with closing(loaded.store):
-        loss = windows_loss(loaded.model, ids, bos, context)
-    num = len(ids) - (bos is None)
+        losses = [window_loss(loaded.model, window) for window in found]
+    num = sum(len(window) - 1 for window in found)
+    nats = sum(losses) / num
+    if not nats < MOST_NATS:
+        raise UserError(
+            f"`{folder.path}` computes a loss of {nats} nats per token, which is not a perplexity",
+            f"`python -m convert verify {folder.path}` says whether its weights are damaged",
+        )
     return {
         "tokens": num,
         "context": context,
         "activations": dtype_name(loaded.model.model.norm.weight.dtype),
-        "nats_per_token": loss / num,
-        "perplexity": math.exp(loss / num),
-        "bits_per_byte": loss / math.log(2) / len(text.encode("utf-8")),
+        "nats_per_token": nats,
+        "perplexity": math.exp(nats),
+        # Tokens that nothing predicts (the first ones of windows without BOS) cost the mean.
+        "bits_per_byte": nats * len(ids) / math.log(2) / len(text.encode("utf-8")),
     }
 
 
@@ -58,18 +69,23 @@ def check_bos(folder: Folder) -> int | None:
     return bos
 
 
-def windows_loss(model: Model, ids: list[int], bos: int | None, context: int) -> float:
-    """Return the sum of -log p in nats."""
-    total, head, step = 0.0, [] if bos is None else [bos], context - (bos is not None)
+def windows(ids: list[int], bos: int | None, context: int) -> Iterator[list[int]]:
+    """Yield windows of `context` tokens; in each, every token but the first one is predicted."""
+    head = [] if bos is None else [bos]
+    step = context - len(head)
     for start in range(0, len(ids), step):
-        window = head + ids[start : start + step]
-        if len(window) < 2:
-            continue
-        states = model.hidden(mx.array([window]))[0]
-        for first in range(0, len(window) - 1, HEAD_ROWS):
-            rows = states[first : min(first + HEAD_ROWS, len(window) - 1)]
-            logits = model.lm_head(rows).astype(mx.float32)
-            targets = mx.array(window[first + 1 : first + 1 + len(rows)])
-            chosen = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-            total += float((mx.logsumexp(logits, axis=-1) - chosen).sum())
+        if len(window := head + ids[start : start + step]) > 1:
+            yield window
+
+
+def window_loss(model: Model, window: list[int]) -> float:
+    """Return the sum of -log p in nats over every token of a window but the first."""
+    total = 0.0
+    states = model.hidden(mx.array([window]))[0]
+    for first in range(0, len(window) - 1, HEAD_ROWS):
+        rows = states[first : min(first + HEAD_ROWS, len(window) - 1)]
+        logits = model.lm_head(rows).astype(mx.float32)
+        targets = mx.array(window[first + 1 : first + 1 + len(rows)])
+        chosen = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        total += float((mx.logsumexp(logits, axis=-1) - chosen).sum())
     return total

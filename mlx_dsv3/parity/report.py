@@ -1,9 +1,12 @@
 """The verdict of a replay, told three ways: to people, as JSON, as a picture over depth.
 
+JSON has no infinities: a figure that is not a finite number is null there.
+
 Nothing is decided here (`bounds.py`). `about` says what was compared: the model's name, recipe and
 activations, where its experts are, and how the replay ran.
 """
 
+import math
 import os
 from pathlib import Path
 
@@ -42,7 +45,7 @@ def as_json(golden: Golden, about: dict, verdict: Verdict) -> dict:
             "accepted": share(result.accepted),
             "golden_accepted": share(result.golden_accepted),
         }
-    return {
+    report = {
         "golden": {key: value for key, value in golden.about.items() if key != "config"},
         **about,
         "tokens": golden.num_tokens,
@@ -53,6 +56,16 @@ def as_json(golden: Golden, about: dict, verdict: Verdict) -> dict:
         "is_provisional": verdict.is_provisional,
         "breaches": [vars(breach) for breach in verdict.breaches],
     }
+    return without_infinities(report)
+
+
+def without_infinities(value):
+    """Return a nest of dictionaries and lists with null for each number that JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: without_infinities(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [without_infinities(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def text_json(text: TokenDifferences) -> dict:
@@ -151,7 +164,9 @@ def check_plot(file: Path) -> None:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
     except ImportError:
-        raise UserError("`--plot` needs matplotlib", "pip install 'mlx-dsv3[plot]'") from None
+        raise UserError("`--plot` needs matplotlib", "`pip install matplotlib`") from None
+    except Exception as error:  # of matplotlib's own settings, such as MPLBACKEND
+        raise UserError(f"matplotlib does not start: {error}", "leave `--plot` out") from None
     if file.suffix.lstrip(".").lower() not in FigureCanvasAgg.get_supported_filetypes():
         raise UserError(f"`{file}` is not the name of a picture", PLOT_HINT)
 

@@ -358,7 +358,7 @@ def test_a_folder_without_the_mtp_module(converted, capsys, tmp_path):
     ("argv", "message"),
     [
         (["{q8}", "absent.safetensors"], "`absent.safetensors` is not a file"),
-        (["{q8}", "{q8}/config.json"], "is not a safetensors file"),
+        (["{q8}", "{q8}/config.json"], "is truncated or not a safetensors file"),
         (["{q8}", "{q8}/mtp.safetensors"], "is not a golden file of format 1"),
         (["{q8}", str(LONG), "--teacher-forced"], "needs the states of every position"),
         (["absent", str(LONG)], "`absent` is not a folder"),
