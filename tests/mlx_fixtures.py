@@ -1,5 +1,6 @@
 """Fixtures with MLX: random models on both sides, and the demo checkpoint, converted once."""
 
+import json
 from pathlib import Path
 
 import mlx.core as mx
@@ -9,6 +10,7 @@ from mlx_folder import write_mlx
 from parity.pairs import Pair, load_reference
 
 from convert.__main__ import main as convert
+from mlx_dsv3.errors import run_main
 from mlx_dsv3.load import load_model
 from mlx_dsv3.model import cpu
 
@@ -101,3 +103,24 @@ def converted(tmp_path_factory, checkpoint):
         return made[recipe]
 
     return run
+
+
+@pytest.fixture
+def replay(capsys):
+    """Return a function (folder, golden, flags) -> (exit status, report, error text)."""
+    from mlx_dsv3.parity.__main__ import main
+
+    def run(folder: Path, golden: Path, *flags: str) -> tuple[int, dict, str]:
+        capsys.readouterr()
+        status = run_main(lambda: main([str(folder), str(golden), "--json", *flags]))
+        out, err = capsys.readouterr()
+        return status, json.loads(out, parse_constant=pytest.fail) if out else {}, err
+
+    return run
+
+
+@pytest.fixture
+def no_loading(monkeypatch):
+    """Fail where parity loads weights: what can be refused is refused before."""
+    name = "mlx_dsv3.parity.__main__.load_model"
+    monkeypatch.setattr(name, lambda *_, **__: pytest.fail("it loads"))

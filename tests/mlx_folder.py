@@ -190,3 +190,24 @@ def write_tokenizer(folder: Path, size: int) -> None:
     write_json(folder / "tokenizer.json", contents)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
     write_json(folder / "tokenizer_config.json", settings | {"bos_token": "<s>"})
+
+
+def changed_copy(source: Path, target: Path, **config) -> Path:
+    """Return a folder of links to an MLX folder's files, with these fields in its config.json."""
+    target.mkdir()
+    for file in source.iterdir():
+        (target / file.name).symlink_to(file)
+    found = json.loads((source / "config.json").read_text())
+    (target / "config.json").unlink()
+    write_json(target / "config.json", found | config)
+    return target
+
+
+def spoil(folder: Path, name: str) -> None:
+    """Put a NaN into a tensor of a changed copy."""
+    [file] = [file for file in folder.glob("*.safetensors") if name in mx.load(str(file))]
+    tensors = mx.load(str(file))
+    tensors[name][5] = float("nan")
+    mx.eval(tensors)
+    file.unlink()
+    mx.save_safetensors(str(file), tensors)

@@ -79,7 +79,8 @@ def tell(args: argparse.Namespace, golden: Golden, about: dict, verdict: Verdict
         if args.plot:
             plot(verdict, about, args.plot)
     except Exception as error:  # matplotlib's of any kind; the report is out already
-        print(UserError(f"`{args.plot}` was not drawn: {error}", PLOT_HINT), file=sys.stderr)
+        reason = getattr(error, "strerror", None) or error
+        print(UserError(f"`{args.plot}` was not drawn: {reason}", PLOT_HINT), file=sys.stderr)
         status = status or 2
     return status
 
@@ -109,9 +110,10 @@ def capacities(args: argparse.Namespace, folder: Folder, load: Callable[..., Loa
     """Compare logits at several expert capacities bit by bit; return 1 where any differs."""
     check_length("--tokens", args.tokens, folder)
     status, least, most = 0, folder.args.num_experts_per_tok, folder.args.n_routed_experts
-    if bad := [count for count in args.slots or () if not least <= count <= most]:
+    wanted = list(dict.fromkeys(args.slots or ()))
+    if bad := [count for count in wanted if not least <= count <= most]:
         raise UserError(f"`--slots` has {bad[0]}", f"this model takes {least} to {most} per layer")
-    for slots, experts, different in compare_capacities(load, args.slots, args.tokens):
+    for slots, experts, different in compare_capacities(load, wanted, args.tokens):
         words = f"{', '.join(different)} differ" if different else "equal, bit for bit"
         print(f"{slots} of {experts} experts in memory: {words}")
         status |= bool(different)
@@ -161,7 +163,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         runs = "run the repository's own tokenizer code"
         parser.add_argument("--trust-remote-code", action="store_true", help=runs)
     elif command == "capacities":
-        parser.add_argument("--slots", type=int, nargs="+", help="experts in memory, per layer")
+        count = whole("--slots", 1)
+        parser.add_argument("--slots", type=count, nargs="+", help="experts in memory, per layer")
         length = whole("--tokens", 4)  # the MTP module gets a pair of half of them
         parser.add_argument("--tokens", type=length, default=64, help="length of the prompt")
     else:

@@ -14,7 +14,7 @@ from mlx_dsv3.load import Loaded
 
 
 def compare_capacities(
-    load: Callable[..., Loaded], slots: list[int] | None, num_tokens: int
+    load: Callable[..., Loaded], slots: list[int], num_tokens: int
 ) -> Iterator[tuple[int, int, list[str]]]:
     """Yield slots, experts, and what differs from the resident model, for each number of slots."""
     loaded = load(experts="resident", expert_memory_gb=None)

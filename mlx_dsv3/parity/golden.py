@@ -16,7 +16,7 @@ from typing import NoReturn
 import mlx.core as mx
 import numpy as np
 
-from mlx_dsv3.checkpoint.headers import parse_header, read_raw_header
+from mlx_dsv3.checkpoint.headers import TensorInfo, parse_header, read_raw_header
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.json_files import brief, parse_json
 
@@ -84,8 +84,9 @@ def read_golden(path: str | Path) -> Golden:
 
     Every name, shape and dtype is then that of the format, every id and index within its range.
     """
-    tensors, about = read_tensors(path)
+    header, about = read_whole_header(path)
     config = check_metadata(path, about)
+    tensors = read_tensors(path, header)
     has_mtp = any(name.startswith("0.mtp.") for name in tensors)
     numbers = takewhile(lambda p: p == 0 or f"{p}.ids" in tensors, count())
     prompts = [read_prompt(path, tensors, f"{p}.", config, has_mtp) for p in numbers]
@@ -99,25 +100,30 @@ def refuse(path: str | Path, what: str) -> NoReturn:
     raise UserError(f"`{path}` {what}", RECORD_HINT)
 
 
-def read_tensors(path: str | Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    """Return tensors, not yet read, and metadata of a safetensors file of any name.
+def read_whole_header(path: str | Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Return the tensors of a safetensors file of any name, checked to the byte, and its metadata.
 
     Our own parser goes first: MLX takes negative and overflowing shapes for lengths.
     """
     try:
         raw, size = read_raw_header(Path(path))
         header = parse_header(Path(path), raw, size)
+        about = parse_json(raw, f"`{path}`").get("__metadata__", {})
     except UserError as error:
         raise UserError(error.message, RECORD_HINT) from None
     except ValueError as error:  # a name that no file can have
         refuse(path, f"is not a file: {error}")
+    if not isinstance(about, dict) or not all(isinstance(word, str) for word in about.values()):
+        refuse(path, "has metadata that is not text")
+    return header, about
+
+
+def read_tensors(path: str | Path, header: dict[str, TensorInfo]) -> dict[str, mx.array]:
+    """Return the tensors, not yet read; refuse what MLX would read as something else."""
     for name, info in header.items():
         if info.dtype not in DTYPES:
             refuse(path, f"has `{name}` as {info.dtype}; {', '.join(DTYPES)} are known")
-    about = parse_json(raw, f"`{path}`").get("__metadata__", {})
-    if not isinstance(about, dict) or not all(isinstance(word, str) for word in about.values()):
-        refuse(path, "has metadata that is not text")
-    return mx.load(str(path), format="safetensors"), about
+    return mx.load(str(path), format="safetensors")
 
 
 def check_metadata(path: str | Path, about: dict[str, str]) -> dict:
