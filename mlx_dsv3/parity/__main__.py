@@ -4,8 +4,9 @@
     python -m mlx_dsv3.parity perplexity MODEL FILE
     python -m mlx_dsv3.parity capacities MODEL
 
-Exit status 1 outside the bounds, with the first stage that left them. `docs/parity.md` says how
-to check a conversion and what the figures mean. This file is the command line.
+Exit status 1 outside the bounds, with the first stage that left them; 2 where a recording within
+them is too short to judge by. `docs/parity.md` says how to check a conversion and what the figures
+mean. This file is the command line.
 """
 
 import argparse
@@ -25,7 +26,7 @@ with imports(__name__):
     from mlx_dsv3.checkpoint.format import MANIFEST, read_manifest
     from mlx_dsv3.load import Loaded, load_model
     from mlx_dsv3.options import Parser, number, whole
-    from mlx_dsv3.parity.bounds import RECIPES, Sources, Verdict, recipe_of
+    from mlx_dsv3.parity.bounds import LEAST_TOKENS, RECIPES, Sources, Verdict, recipe_of
     from mlx_dsv3.parity.capacities import compare_capacities
     from mlx_dsv3.parity.golden import Golden, dtype_name, read_golden
     from mlx_dsv3.parity.perplexity import measure_perplexity
@@ -74,7 +75,9 @@ def tell(args: argparse.Namespace, golden: Golden, about: dict, verdict: Verdict
         print(f"error: {verdict.breaches[0]}", file=sys.stderr)
         if golden.has_every_state and not args.teacher_forced:
             print(TEACHER_HINT, file=sys.stderr)
-    status = 1 if verdict.breaches else 0
+    elif verdict.is_too_short:
+        print(too_short(verdict.num_tokens), file=sys.stderr)
+    status = 1 if verdict.breaches else 2 if verdict.is_too_short else 0
     try:
         if args.plot:
             plot(verdict, about, args.plot)
@@ -83,6 +86,13 @@ def tell(args: argparse.Namespace, golden: Golden, about: dict, verdict: Verdict
         print(UserError(f"`{args.plot}` was not drawn: {reason}", PLOT_HINT), file=sys.stderr)
         status = status or 2
     return status
+
+
+def too_short(num_tokens: int) -> UserError:
+    return UserError(
+        f"the recording has {num_tokens} tokens, too few to judge by: no difference shows",
+        f"record {LEAST_TOKENS} tokens or more; a few hundred reach most experts",
+    )
 
 
 TEACHER_HINT = "\nhint: `--teacher-forced` tells one wrong layer from differences that piled up"

@@ -24,16 +24,19 @@ class Stage:
 
     `worst` and `channel` leave out rows that a router sent elsewhere, here or (running free) in an
     earlier layer: those are another computation, counted in `agreement` and in the mean `error`.
+    `is_disturbed` says that there may be rows which attended to one of those.
     """
 
     name: str
     rows: list[float] = field(default_factory=list)
     cosines: list[float] = field(default_factory=list)
     is_alike: list[bool] = field(default_factory=list)
+    is_disturbed: bool = False
     error_squares: np.ndarray | float = 0.0  # by channel
     squares: np.ndarray | float = 0.0
     overlaps: list[float] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
+    num_chosen: int = 0  # experts of a position
 
     @QUIET
     def add(self, actual, expected, alike: np.ndarray, base=None) -> None:
@@ -57,6 +60,7 @@ class Stage:
         common = (actual[:, :, None] == expected[:, None, :]).any(-1).mean(-1)
         self.overlaps += list(common)
         self.margins += list(np.array(margins))
+        self.num_chosen = actual.shape[1]
         return common == 1
 
     @property
@@ -89,6 +93,10 @@ class Stage:
         kept = np.array(self.margins) > (-1 if tie is None else tie)
         return float(np.array(self.overlaps)[kept].mean()) if kept.any() else 1.0
 
+    def num_choices(self, tie: float) -> int:
+        """Return how many choices of an expert are not close."""
+        return self.num_chosen * int((np.array(self.margins) > tie).sum())
+
 
 def finite(value: float) -> float:
     return float("inf") if np.isnan(value) else float(value)
@@ -103,6 +111,7 @@ class TokenDifferences:
     gaps: list[float] = field(default_factory=list)  # golden's best against its second
     losses: list[float] = field(default_factory=list)
     golden_losses: list[float] = field(default_factory=list)
+    num_rerouted: int = 0  # positions that a router sent elsewhere
 
     def add(self, logits: mx.array, prompt: dict, prefix: str, targets: mx.array, start: int):
         """Take logits (rows, vocabulary) of positions from `start` on."""
@@ -135,6 +144,12 @@ class TokenDifferences:
         """Return top-1 agreement where golden's best is ahead by more than `tie` (nats)."""
         kept = np.array(self.gaps) > tie
         return float(np.array(self.is_same)[kept].mean()) if kept.any() else 1.0
+
+    @property
+    def doubt(self) -> float:
+        """Return the mean of (1 - p)^2, where golden gives p to each token: 0 where it is sure."""
+        p = np.exp(-np.maximum(self.golden_losses, 0))
+        return float(np.square(1 - p).mean())
 
     @property
     @QUIET

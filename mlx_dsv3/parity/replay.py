@@ -73,43 +73,50 @@ class Replay:
         self.model, self.mtp, self.golden = model, mtp, golden
         self.teacher_forced = teacher_forced
         self.result = Result()
+        self.is_disturbed = False  # some position attended to one that a router sent elsewhere
 
     def run(self) -> Result:
         for prompt in self.golden.prompts:
             ids, result = prompt["ids"][None], self.result
-            g = self.decoder(prompt, ids)
+            g, alike = self.decoder(prompt, ids)
+            result.text.num_rerouted += int((~alike).sum())
             chosen = self.head(g, prompt, "", ids[0, 1:], result.text)
             if self.mtp is None or "mtp.logprobs" not in prompt:
                 continue
             result.mtp_text = result.mtp_text or TokenDifferences()
-            f = self.drafter(prompt, g[:, :-1], ids[:, 1:])
+            f, alike = self.drafter(prompt, g[:, :-1], ids[:, 1:], alike[:-1])
+            result.mtp_text.num_rerouted += int((~alike).sum())
             drafts = self.head(f, prompt, "mtp.", ids[0, 2:], result.mtp_text)
             result.accepted += (drafts == chosen[1:]).tolist()
             golden = prompt["mtp.top_ids"][:, 0] == prompt["top_ids"][1:, 0]
             result.golden_accepted += golden.tolist()
         return self.result
 
-    def decoder(self, prompt: dict, ids: mx.array) -> mx.array:
-        """Run embedding, layers and final norm; return g (1, L, D)."""
+    def decoder(self, prompt: dict, ids: mx.array) -> tuple[mx.array, np.ndarray]:
+        """Run embedding, layers and final norm; return g (1, L, D), which positions are alike."""
         h = self.model.model.embed_tokens(ids)
-        alike = np.ones(ids.shape[1], bool)
+        alike, self.is_disturbed = np.ones(ids.shape[1], bool), False
         h = self.compare("embedding", h, prompt, "embedding", alike)
         for i, layer in enumerate(self.model.layers):
             h, alike = self.layer(layer, h, prompt, f"layers.{i}", f"layer {i}", alike)
         h = self.model.model.norm(h)
-        return self.compare("final norm", h, prompt, "norm", alike)
+        return self.compare("final norm", h, prompt, "norm", alike), alike
 
-    def drafter(self, prompt: dict, g: mx.array, next_ids: mx.array) -> mx.array:
-        """Run the MTP module over all pairs; return f (1, L - 1, D)."""
-        alike = np.ones(next_ids.shape[1], bool)
+    def drafter(self, prompt: dict, g: mx.array, next_ids: mx.array, alike: np.ndarray):
+        """Run the MTP module over all pairs; return f (1, L - 1, D), which pairs are alike."""
         h = self.mtp.pairs(g, next_ids)
         h = self.compare("MTP input", h, prompt, "mtp.input", alike)
         h, alike = self.layer(self.mtp, h, prompt, "mtp", "MTP", alike)
         h = self.mtp.shared_head.norm(h)
-        return self.compare("MTP norm", h, prompt, "mtp.norm", alike)
+        return self.compare("MTP norm", h, prompt, "mtp.norm", alike), alike
 
     def layer(self, layer: DecoderLayer, h, prompt: dict, key: str, name: str, alike: np.ndarray):
-        """Run both halves of a layer; return the state and which positions are routed alike."""
+        """Run both halves of a layer; return the state, and which positions of it are alike.
+
+        Those are all that no router sent elsewhere, here or before; all of them where the next
+        half-layer gets the golden state.
+        """
+        self.is_disturbed |= not alike[:-1].all()
         before = h
         h = h + layer.self_attn(layer.input_layernorm(h), None)
         h = self.compare(f"{name} attention", h, prompt, f"{key}.attention", alike, before)
@@ -118,10 +125,10 @@ class Replay:
             indices, _ = layer.mlp.gate(x)
             stage = self.result.stage(f"{name} MLP")
             margins = prompt[f"{key}.margins"]
-            same = stage.route(indices[0], prompt[f"{key}.experts"], margins)
-            alike = same if self.teacher_forced else alike & same
+            alike = alike & stage.route(indices[0], prompt[f"{key}.experts"], margins)
         h = h + layer.mlp(x)
-        return self.compare(f"{name} MLP", h, prompt, f"{key}.mlp", alike, before), alike
+        h = self.compare(f"{name} MLP", h, prompt, f"{key}.mlp", alike, before)
+        return h, np.ones_like(alike) if self.teacher_forced else alike
 
     def compare(self, name: str, h, prompt: dict, key: str, alike, before=None) -> mx.array:
         """Measure a state (1, L, D); return what the next half-layer gets."""
@@ -130,7 +137,9 @@ class Replay:
         at = at[: int((at < h.shape[1]).sum())]
         expected = prompt[key]
         base = before[0][at] if self.teacher_forced and before is not None else None
-        self.result.stage(name).add(h[0][at], expected, alike[np.array(at)], base)
+        stage = self.result.stage(name)
+        stage.add(h[0][at], expected, alike[np.array(at)], base)
+        stage.is_disturbed |= self.is_disturbed
         return expected[None].astype(h.dtype) if self.teacher_forced else h
 
     def head(

@@ -41,7 +41,7 @@ def as_json(golden: Golden, about: dict, verdict: Verdict) -> dict:
     ]
     mtp = None
     if result.mtp_text is not None:
-        mtp = text_json(result.mtp_text) | {
+        mtp = text_json(result.mtp_text, verdict) | {
             "accepted": share(result.accepted),
             "golden_accepted": share(result.golden_accepted),
         }
@@ -50,10 +50,11 @@ def as_json(golden: Golden, about: dict, verdict: Verdict) -> dict:
         **about,
         "tokens": golden.num_tokens,
         "stages": stages,
-        "text": text_json(result.text),
+        "text": text_json(result.text, verdict),
         "mtp": mtp,
         "bound": bound._asdict(),
         "is_provisional": verdict.is_provisional,
+        "is_too_short": verdict.is_too_short,
         "breaches": [vars(breach) for breach in verdict.breaches],
     }
     return without_infinities(report)
@@ -68,14 +69,15 @@ def without_infinities(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def text_json(text: TokenDifferences) -> dict:
-    ours, golden = text.perplexities
+def text_json(text: TokenDifferences, verdict: Verdict) -> dict:
+    (ours, golden), bound = text.perplexities, verdict.text_bound(text)
     return {
         "kl": text.kl,
         "top1": text.top1,
         "top1_outside_ties": text.top1_outside(TOP1_GAP),
         "perplexity": ours,
         "golden_perplexity": golden,
+        "bound": {"kl": bound.kl, "perplexity": bound.perplexity},
     }
 
 
@@ -142,8 +144,10 @@ def print_text(label: str, text: TokenDifferences) -> None:
 def verdict_line(verdict: Verdict) -> str:
     """Return the last line; it says where the bounds are a guess."""
     error = max(verdict.bound(name).error for name in verdict.result.stages)
-    limits = f"(mean row error {error:.1e}, KL {verdict.sources.bound().kl:.1e})"
+    limits = f"(mean row error {error:.1e}, KL {verdict.text_bound(verdict.result.text).kl:.1e})"
     word = "outside" if verdict.breaches else "within"
+    if verdict.is_too_short and not verdict.breaches:
+        word = f"{verdict.num_tokens} tokens prove nothing: within"
     if verdict.is_provisional:
         return f"{word} provisional bounds {limits}: the demo's, grown with the depth by a guess"
     return f"{word} the bounds {limits}"

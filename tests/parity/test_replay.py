@@ -76,7 +76,7 @@ def test_bounds_of_a_deep_model_are_provisional():
     """A guess that looks like a measurement: `within the bounds` of a model of 61 layers."""
 
     def verdict(num_stages: int, teacher_forced: bool = False) -> bounds.Verdict:
-        result = Result(text=TokenDifferences([0.0], [True], [1.0], [1.0], [1.0]))
+        result = Result(text=TokenDifferences(*([x] * 20 for x in (0.0, True, 1.0, 1.0, 1.0))))
         for i in range(num_stages):
             state = mx.ones((1, 4))
             result.stage(f"layer {i} MLP").add(state, state, np.ones(1, bool))
