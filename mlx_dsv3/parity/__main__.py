@@ -26,7 +26,7 @@ with imports(__name__):
     from mlx_dsv3.checkpoint.format import MANIFEST, read_manifest
     from mlx_dsv3.load import Loaded, load_model
     from mlx_dsv3.options import Parser, number, whole
-    from mlx_dsv3.parity.bounds import LEAST_TOKENS, RECIPES, Sources, Verdict, recipe_of
+    from mlx_dsv3.parity.bounds import HEAD, LEAST_TOKENS, RECIPES, Sources, Verdict, recipe_of
     from mlx_dsv3.parity.capacities import compare_capacities
     from mlx_dsv3.parity.golden import Golden, dtype_name, read_golden
     from mlx_dsv3.parity.perplexity import measure_perplexity
@@ -73,7 +73,8 @@ def tell(args: argparse.Namespace, golden: Golden, about: dict, verdict: Verdict
         print_report(golden, about, verdict)
     if verdict.breaches:
         print(f"error: {verdict.breaches[0]}", file=sys.stderr)
-        if golden.has_every_state and not args.teacher_forced:
+        is_plain = args.teacher_forced or verdict.breaches[0].where == HEAD
+        if golden.has_every_state and not is_plain:
             print(TEACHER_HINT, file=sys.stderr)
     elif verdict.is_too_short:
         print(too_short(verdict.num_tokens), file=sys.stderr)

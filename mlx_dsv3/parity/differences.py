@@ -113,10 +113,9 @@ class TokenDifferences:
     golden_losses: list[float] = field(default_factory=list)
     num_rerouted: int = 0  # positions that a router sent elsewhere
 
-    def add(self, logits: mx.array, prompt: dict, prefix: str, targets: mx.array, start: int):
-        """Take logits (rows, vocabulary) of positions from `start` on."""
-        rows = slice(start, start + logits.shape[0])
-        logits = logits.astype(mx.float32)
+    def add(self, logits: mx.array, prompt: dict, prefix: str, targets: mx.array, at: np.ndarray):
+        """Take logits (P, vocabulary) of the positions `at` (P,), which ascend."""
+        rows, logits = mx.array(at), logits.astype(mx.float32)
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         top_ids = prompt[prefix + "top_ids"][rows]
         p, q = (
@@ -126,11 +125,10 @@ class TokenDifferences:
         self.divergences += list(divergence(p, q))
         self.is_same += list(np.array(mx.argmax(logits, axis=-1) == top_ids[:, 0]))
         self.gaps += list(p[:, 0] - p[:, 1])
-        golden = as_numpy(prompt[prefix + "logprobs"])[rows]
-        ids = targets[start : start + len(golden)]
-        chosen = mx.take_along_axis(logprobs[: len(golden)], ids[:, None], axis=-1)
+        rows = rows[: int((at < len(targets)).sum())]  # the last position has no target
+        chosen = mx.take_along_axis(logprobs[: len(rows)], targets[rows][:, None], axis=-1)
         self.losses += list(-as_numpy(chosen)[:, 0])
-        self.golden_losses += list(-golden)
+        self.golden_losses += list(-as_numpy(prompt[prefix + "logprobs"][rows]))
 
     @property
     def kl(self) -> float:

@@ -59,6 +59,7 @@ class Result:
     stages: dict[str, Stage] = field(default_factory=dict)
     text: TokenDifferences = field(default_factory=TokenDifferences)
     mtp_text: TokenDifferences | None = None
+    head: TokenDifferences = field(default_factory=TokenDifferences)  # of golden's own states
     accepted: list[bool] = field(default_factory=list)  # greedy drafts equal to the main model's
     golden_accepted: list[bool] = field(default_factory=list)
 
@@ -80,13 +81,13 @@ class Replay:
             ids, result = prompt["ids"][None], self.result
             g, alike = self.decoder(prompt, ids)
             result.text.num_rerouted += int((~alike).sum())
-            chosen = self.head(g, prompt, "", ids[0, 1:], result.text)
+            chosen = self.head(g, prompt, "", ids[0, 1:])
             if self.mtp is None or "mtp.logprobs" not in prompt:
                 continue
             result.mtp_text = result.mtp_text or TokenDifferences()
             f, alike = self.drafter(prompt, g[:, :-1], ids[:, 1:], alike[:-1])
             result.mtp_text.num_rerouted += int((~alike).sum())
-            drafts = self.head(f, prompt, "mtp.", ids[0, 2:], result.mtp_text)
+            drafts = self.head(f, prompt, "mtp.", ids[0, 2:])
             result.accepted += (drafts == chosen[1:]).tolist()
             golden = prompt["mtp.top_ids"][:, 0] == prompt["top_ids"][1:, 0]
             result.golden_accepted += golden.tolist()
@@ -142,13 +143,24 @@ class Replay:
         stage.is_disturbed |= self.is_disturbed
         return expected[None].astype(h.dtype) if self.teacher_forced else h
 
-    def head(
-        self, states: mx.array, prompt: dict, prefix: str, targets, text: TokenDifferences
+    def head(self, states: mx.array, prompt: dict, prefix: str, targets) -> np.ndarray:
+        """Measure the logits of states (1, L, D); return the choices."""
+        text = self.result.mtp_text if prefix else self.result.text
+        chosen = self.logits(states[0], prompt, prefix, targets, np.arange(states.shape[1]), text)
+        if not self.teacher_forced:  # else those were golden's states
+            kept = prompt[prefix + "norm"].astype(states.dtype)
+            at = np.array(prompt["positions"])[: len(kept)]
+            self.logits(kept, prompt, prefix, targets, at, self.result.head)
+        return chosen
+
+    def logits(
+        self, states: mx.array, prompt: dict, prefix: str, targets, at, text: TokenDifferences
     ) -> np.ndarray:
-        """Measure the logits of states (1, L, D), some positions at a time; return the choices."""
+        """Measure the logits of states (P, D) at positions `at`, some of them at a time."""
         chosen = []
-        for start in range(0, states.shape[1], HEAD_ROWS):
-            logits = self.model.lm_head(states[0, start : start + HEAD_ROWS])
-            text.add(logits, prompt, prefix, targets, start)
+        for start in range(0, len(at), HEAD_ROWS):
+            rows = slice(start, start + HEAD_ROWS)
+            logits = self.model.lm_head(states[rows])
+            text.add(logits, prompt, prefix, targets, at[rows])
             chosen.append(np.array(mx.argmax(logits, axis=-1)))
         return np.concatenate(chosen)

@@ -50,6 +50,7 @@ def as_json(golden: Golden, about: dict, verdict: Verdict) -> dict:
         **about,
         "tokens": golden.num_tokens,
         "stages": stages,
+        "head": text_json(result.head, verdict) if result.head.losses else None,
         "text": text_json(result.text, verdict),
         "mtp": mtp,
         "bound": bound._asdict(),
@@ -95,6 +96,8 @@ def print_report(golden: Golden, about: dict, verdict: Verdict) -> None:
     if result.mtp_text is None and "mtp.logprobs" in golden.prompts[0]:
         print("note: the model has no MTP module; that of the golden file is not compared")
     Console(width=max(Console().width, 88)).print(stage_table(verdict))
+    if result.head.losses:
+        print_text("head", result.head)
     print_text("text", result.text)
     if result.mtp_text is not None:
         print_text("MTP ", result.mtp_text)

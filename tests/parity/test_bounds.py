@@ -75,7 +75,7 @@ def manifest(name: str, recipe: Recipe, layout: str = "records") -> dict:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_bounds_are_by_bits(name):
+def test_a_recipe_is_known_by_its_content(name):
     """A recipe file called q2.json, of 8 bits, was judged by the bounds of q2."""
     for given in (name, "q2", "mine", ""):
         assert bounds.recipe_of(manifest(given, RECIPES[name]), {}) == name

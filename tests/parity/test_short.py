@@ -66,7 +66,7 @@ def test_right_conversions_are_within(converted, replay, recordings, recipe):
         (double_a_scale_row, "layer 1 attention"),
         (shift_router, "layer 1 MLP"),
         (halve_rope, "layer 3 attention"),
-        (swap_head_rows, "the text"),
+        (swap_head_rows, "the head"),
     ],
 )
 def test_damage_is_named_in_each(converted, replay, recordings, tmp_path, damage, where):
