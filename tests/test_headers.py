@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_dsv3.checkpoint.format import read_index
+from mlx_dsv3.checkpoint.format import infer_quantization, read_index
 from mlx_dsv3.checkpoint.headers import header_length, read_header
 from mlx_dsv3.errors import UserError
 
@@ -186,6 +186,18 @@ def test_a_damaged_index(tmp_path, weight_map):
     with pytest.raises(UserError) as caught:
         read_index(tmp_path)
     assert f"`{path}`" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "packing",
+    [(192, 24, 5, False), (192, 24, 0, False), (192, 0, 6, False), (192, 42, 6, False)]
+    + [(192, 24, 12, False), (192, 24, 3, True), (63, 8, 1, False)],
+)
+def test_a_packing_that_mlx_does_not_have(packing):
+    """Words or scales of another width: zeros divided, and MLX refused groups of 63."""
+    assert infer_quantization(192, 24, 6, False, "x") == (4, 32, "affine")
+    with pytest.raises(UserError, match="`x` has .* MLX packs no row of"):
+        infer_quantization(*packing, "x")
 
 
 def test_a_nested_index(tmp_path):

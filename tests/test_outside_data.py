@@ -137,6 +137,7 @@ TRUNK = {
     "scales without rows": ("packed", f"{LM_HEAD}.scales", {"shape": [960]}),
     "weight without rows": ("packed", f"{LM_HEAD}.weight", {"shape": [3840]}),
     "bytes as scales": ("packed", f"{LM_HEAD}.scales", {"dtype": "U8", "shape": [160, 12]}),
+    "scales of a norm": ("packed", "model.norm.weight", {"dtype": "U8", "shape": [384]}),
     "kv_b of other rows": ("packed", f"{KV_B}.weight", {"shape": [192, 32]}),
 }
 
@@ -150,7 +151,8 @@ def test_a_trunk_that_mlx_does_not_take(folder, capsys, case):
         entries[name] |= entry
 
     rewrite_header(folder / where / "model-trunk-00001.safetensors", change)
-    assert f"`{name.rpartition('.')[0]}" in refusal(capsys, load, folder / where)
+    error = refusal(capsys, load, folder / where)
+    assert f"`{name.rpartition('.')[0]}` in `" in error or f"`{KV_B}.weight` has shape" in error
 
 
 @pytest.mark.parametrize("part", ["weight", "scales", "biases"])
@@ -233,6 +235,7 @@ ANSWERS = {
         "`config.json` in `somebody/tiny-v3` has 1000.0 GB",
     ),
     "no commit": ({"sha": None}, "or no commit"),
+    "a commit that leaves the cache": ({"sha": "../../../x"}, "or no commit"),
     "no shards": ({"siblings": [{"rfilename": "config.json", "size": 7}]}, "no "),
     "files outside": (
         {"siblings": [{"rfilename": n, "size": 7} for n in ("../config.json", "..", "a\0b")]},

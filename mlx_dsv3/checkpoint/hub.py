@@ -79,9 +79,14 @@ class Repo:
         files = info.siblings or ()
         self.revision = info.sha
         self.sizes = {file.rfilename: file.size for file in files}
-        self.sha256 = {file.rfilename: file.lfs.sha256 for file in files if file.lfs}
+        self.sha256 = {
+            file.rfilename: file.lfs.sha256
+            for file in files
+            if file.lfs and isinstance(file.lfs.sha256, str)
+        }
+        is_commit = re.fullmatch("[0-9a-f]{7,64}", str(self.revision))  # it names a folder here
         for name, size in self.sizes.items():
-            if type(size) is not int or size < 0 or not self.revision:
+            if type(size) is not int or size < 0 or not is_commit:
                 raise UserError(
                     f"the hub tells no size of `{brief(name)}` in `{repo_id}`, or no commit",
                     "fetch the repository with `hf download` and give its folder",
