@@ -28,7 +28,7 @@ with imports(__name__):
     from mlx_dsv3.reference.files import parse_json
     from mlx_dsv3.reference.hub import HubTensors
     from mlx_dsv3.reference.stream import TOP, Stream
-    from mlx_dsv3.reference.work import WorkFolder
+    from mlx_dsv3.reference.work import STATES, WorkFolder
 
 NUM_POSITIONS = 16  # positions whose states are kept with `--states sampled`
 LEAST_TOKENS = 3  # the MTP module's only pair then has a target
@@ -129,10 +129,15 @@ class Recording:
         self.head(g, f)
 
     def restore(self, found: dict[str, Tensor], kind: str) -> list[Tensor]:
-        device = self.stream.arithmetic.device
-        return [
-            found[f"{kind}.{p}"][None].to(device) for p in range(len(self.prompts) if found else 0)
-        ]
+        """Return the states `h` or `f` of each prompt; none where nothing was found."""
+        states, arithmetic = [], self.stream.arithmetic
+        for p, ids in enumerate(self.prompts if found else ()):
+            state = found.get(f"{kind}.{p}")
+            want = (len(ids) - (kind == "f"), self.stream.args.hidden_size)
+            if state is None or state.shape != want or state.dtype != arithmetic.dtype:
+                raise self.work.damaged(STATES)
+            states.append(state[None].to(arithmetic.device))
+        return states
 
     def layer(self, i: int, states: list[Tensor]) -> list[Tensor]:
         entries = {}

@@ -88,7 +88,7 @@ class WorkFolder:
             return read_object(self.path / SETTINGS)
         except UserError:  # cut short when the power failed, by a version that did not sync
             if (self.path / STATES).exists():
-                raise self._damaged(SETTINGS) from None
+                raise self.damaged(SETTINGS) from None
             return None
 
     def check_space(self, nbytes: int) -> None:
@@ -119,7 +119,7 @@ class WorkFolder:
         header = self._header(STATES)
         step = header.metadata.get("next")
         if not isinstance(step, str) or step not in map(str, range(1, len(self.steps))):
-            raise self._damaged(STATES)
+            raise self.damaged(STATES)
         for done in self.steps[: int(step)]:
             self._header(done.name)
         return int(step), {
@@ -131,9 +131,10 @@ class WorkFolder:
         try:
             return read_header(self.path / name)
         except UserError:
-            raise self._damaged(name) from None
+            raise self.damaged(name) from None
 
-    def _damaged(self, name: str) -> UserError:
+    def damaged(self, name: str) -> UserError:
+        """Return the error that says which file of the folder is not what was written."""
         return UserError(
             f"`{self.path / name}` is damaged; the recording that it belongs to cannot go on",
             f"remove `{self.path}` to begin it anew",

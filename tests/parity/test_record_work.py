@@ -135,6 +135,16 @@ def test_a_damaged_layer(begun, capsys, name):
     assert f"error: `{file}` is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("found", [{}, {"h.0": (3, 64)}, {"h.1": (4, 64)}, {"h.0": (4, 65)}])
+def test_states_of_something_else(begun, capsys, found):
+    """A KeyError, or a layer computed from another prompt's states."""
+    file = partial_of(begun) / "states.safetensors"
+    states = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in found.items()}
+    save_file(states | {"x": torch.zeros(1)}, file, {"next": "1"})
+    assert status(begun) == 2
+    assert f"error: `{file}` is damaged" in capsys.readouterr().err
+
+
 def test_settings_reach_the_disk_before_a_layer(argv, monkeypatch):
     """Renamed without a sync, an empty file can take a name when the power fails."""
     events, sync, replace = [], os.fsync, os.replace
