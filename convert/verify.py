@@ -5,10 +5,10 @@ them); are the bytes those that were written (sha256 of every file); are they se
 index, finite values); and do they follow from the original (`--source`: units derived again and
 compared). Findings are sentences; none means that the folder is good.
 
-What no program reads as a part of a model may be added: README.md, .gitattributes, what a file
-manager or a download leaves. In a folder that `convert mtp` has completed, conversion.json speaks
-of config.json and the sidecar alone: of the other files nobody noted what they should be, and they
-are looked at for sense.
+What no program reads as a part of a model may be added: README.md, a licence, .gitattributes, what
+a file manager or a download leaves. In a folder that `convert mtp` has completed, conversion.json
+speaks of config.json and the sidecar alone: of the other files nobody noted what they should be,
+and they are looked at for sense.
 """
 
 import os
@@ -99,7 +99,8 @@ def check_list(folder: Path, manifest: dict) -> Iterator[str]:
 
 def belongs_to_a_model(name: str) -> bool:
     """Say whether a program may read a file of this name; some disks do not tell `A` from `a`."""
-    return any(fnmatch(name.lower(), word.lower()) for word in (*SMALL_FILES, *WEIGHT_FILES))
+    words = {*SMALL_FILES, *WEIGHT_FILES} - {"LICENSE*"}
+    return any(fnmatch(name.lower(), word) for word in words)
 
 
 def check_values(folder: Path, manifest: dict, jobs: int) -> Iterator[str]:

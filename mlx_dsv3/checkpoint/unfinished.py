@@ -16,6 +16,7 @@ from pathlib import Path
 from mlx_dsv3.checkpoint.format import PARTIAL, SIDECAR
 
 JOURNAL = "journal"
+MOST_LETTERS = 10_000  # of a command line: a folder from elsewhere may hold a journal
 
 
 def journal_line(entry: dict) -> bytes:
@@ -34,7 +35,8 @@ def command_in(head: object) -> list[str]:
     """Return the command line that a journal's head notes; empty for those of earlier versions."""
     words = head.get("command") if isinstance(head, dict) else None
     are_words = isinstance(words, list) and all(isinstance(word, str) for word in words)
-    return words if are_words and words[:1] in (["run"], ["mtp"]) else []
+    is_ours = are_words and words[:1] in (["run"], ["mtp"]) and sum(map(len, words)) < MOST_LETTERS
+    return words if is_ours else []
 
 
 def command_line(words: list[str]) -> str:
