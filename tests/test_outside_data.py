@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hub_server import COMMIT, REPO, Hub, know_only, serve
+from hub_server import COMMIT, REPO, Hub, describe, know_only, serve
 from mlx_folder import write_mlx
 from tiny import A, D, random_tensors, write_hub
 
@@ -155,6 +155,13 @@ def test_a_trunk_that_mlx_does_not_take(folder, capsys, case):
     assert f"`{name.rpartition('.')[0]}` in `" in error or f"`{KV_B}.weight` has shape" in error
 
 
+def test_heads_that_cannot_be_packed(tmp_path):
+    """The older form packs rows of the latent width; rows of a head may fit no group."""
+    config = D | {"qk_nope_head_dim": 48}
+    write_mlx(tmp_path / "x", config, random_tensors(config), packing=Q4, split_kv_b=False)
+    load_model(tmp_path / "x").store.close()
+
+
 @pytest.mark.parametrize("part", ["weight", "scales", "biases"])
 def test_a_part_of_a_packed_weight_is_missing(folder, capsys, part):
     rewrite_header(
@@ -251,6 +258,14 @@ def test_what_is_not_the_hub(server: Hub, capsys, case):
     for main, argv in ((chat.main, [REPO, "--plan"]), (convert, ["plan", REPO])):
         error = refusal(capsys, main, *argv)
         assert words in error and REPO in error
+
+
+def test_files_that_lead_out_of_a_repository(server: Hub, folder, capsys):
+    """They match `*.json` as well; nothing asks for them."""
+    outside = [{"rfilename": name, "size": 7} for name in ("../x.json", "sub/x.json", "a\\x.json")]
+    server.about = {"siblings": describe(folder / "mlx")["siblings"] + outside}
+    assert run_main(lambda: chat.main([REPO, "--plan"])) == 0
+    assert not any("x.json" in path for _, path, _ in server.requests if "index" not in path)
 
 
 def test_headers_of_a_repository_are_bounded(server: Hub, capsys, monkeypatch):
