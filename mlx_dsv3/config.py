@@ -11,76 +11,20 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from mlx_dsv3.errors import UserError
+from mlx_dsv3.fields import (
+    ASSUMED,
+    CONFIG_HINT,
+    ROPE_KEYS,
+    YARN,
+    YARN_DEFAULTS,
+    check_assumed,
+    check_ids,
+    refuse,
+    typed_value,
+)
 from mlx_dsv3.json_files import brief, read_json
 
 MODEL_TYPES = ("deepseek_v3", "kimi_k2")
-# Fields that change the arithmetic, or would in a relative that calls itself `deepseek_v3`
-# (DeepSeek-V3.2's indexer, Instella's gates), with the one value that is implemented. Absent and
-# null mean that value. Everything else in a config.json leaves the arithmetic alone:
-# `num_key_value_heads` and `head_dim` too, which latent attention does not read.
-ASSUMED = {
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "tie_word_embeddings": False,
-    "partial_rotary_factor": 1,
-    "use_sliding_window": False,
-    "sliding_window": None,
-    "index_topk": None,
-    "index_n_heads": None,
-    "index_head_dim": None,
-    "gated_attention": False,
-    "farskip": False,
-}
-# Least and most of every number: far beyond any model, and small enough to compute with. What
-# config.json says is compared with the tensors before anything is made (`format.check_counts`).
-RANGES = {
-    "vocab_size": (1, 2**24),
-    "hidden_size": (1, 2**20),
-    "intermediate_size": (1, 2**24),
-    "moe_intermediate_size": (1, 2**20),
-    "num_hidden_layers": (1, 1024),
-    "num_attention_heads": (1, 4096),
-    "kv_lora_rank": (1, 2**20),
-    "qk_nope_head_dim": (1, 4096),
-    "qk_rope_head_dim": (2, 4096),
-    "v_head_dim": (1, 4096),
-    "n_routed_experts": (1, 4096),
-    "num_experts_per_tok": (1, 4096),
-    "q_lora_rank": (1, 2**20),
-    "n_shared_experts": (0, 64),
-    "n_group": (1, 4096),
-    "topk_group": (1, 4096),
-    "first_k_dense_replace": (0, 2**20),
-    "moe_layer_freq": (1, 2**20),
-    "routed_scaling_factor": (1e-6, 10**6),
-    "num_nextn_predict_layers": (0, 1),
-    "rms_norm_eps": (1e-20, 1),
-    "rope_theta": (1.001, 10**12),  # its logarithm divides
-    "max_position_embeddings": (1, 2**31 - 1),
-    "factor": (1, 10**6),
-    "original_max_position_embeddings": (1, 2**31 - 1),
-    "beta_fast": (1e-3, 10**6),
-    "beta_slow": (1e-3, 10**6),
-    "mscale": (0, 1000),
-    "mscale_all_dim": (0, 1000),
-    "attention_factor": (1e-3, 1000),
-}
-YARN = {
-    "factor": float,
-    "original_max_position_embeddings": int,
-    "beta_fast": float,
-    "beta_slow": float,
-    "mscale": float,
-    "mscale_all_dim": float,
-    "attention_factor": float,
-    "truncate": bool,
-}
-# What absent or null keys mean to transformers and to the model's own code.
-YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
-ROPE_KEYS = {*YARN, "type", "rope_type", "rope_theta", "partial_rotary_factor"}
 
 
 @dataclass
@@ -131,7 +75,7 @@ class ModelArgs:
                 "`mlx_lm.chat --model FOLDER` runs other model types",
             )
         for name, value in ASSUMED.items():
-            _check_assumed(name, config.get(name), value)
+            check_assumed(name, config.get(name), value)
         config = config | _read_rope(config)
         if config.get("num_nextn_predict_layers") is None:
             config["num_nextn_predict_layers"] = config.get("num_mtp_layers") or 0
@@ -141,17 +85,17 @@ class ModelArgs:
         required = names[: names.index("q_lora_rank")]
         missing = [name for name in required if config.get(name) is None]
         if missing:
-            raise UserError(f"config.json lacks `{missing[0]}`", _HUB_CONFIG_HINT)
+            raise UserError(f"config.json lacks `{missing[0]}`", CONFIG_HINT)
         args = cls(
             **{
-                field.name: _typed(field.name, field.type, config[field.name])
+                field.name: typed_value(field.name, field.type, config[field.name])
                 for field in fields(cls)
                 if field.name in config
             }
         )
         args.check()
         for name in ("bos_token_id", "eos_token_id"):
-            _check_ids(name, config.get(name), args.vocab_size)
+            check_ids(name, config.get(name), args.vocab_size)
         return args
 
     def fill(self, config: dict) -> dict:
@@ -185,54 +129,16 @@ class ModelArgs:
     def check(self) -> None:
         """Refuse, with the field's name and value, what would be computed wrongly."""
         if self.n_routed_experts % self.n_group:
-            _refuse("n_group", self.n_group, f"does not divide {self.n_routed_experts} experts")
+            refuse("n_group", self.n_group, f"does not divide {self.n_routed_experts} experts")
         if not 1 <= self.topk_group <= self.n_group:
-            _refuse("topk_group", self.topk_group, f"n_group is {self.n_group}")
+            refuse("topk_group", self.topk_group, f"n_group is {self.n_group}")
         selectable = self.topk_group * self.n_routed_experts // self.n_group
         if self.num_experts_per_tok > selectable:
-            _refuse("num_experts_per_tok", self.num_experts_per_tok, f"groups keep {selectable}")
+            refuse("num_experts_per_tok", self.num_experts_per_tok, f"groups keep {selectable}")
         if self.n_group > 1 and self.n_routed_experts // self.n_group < 2:
-            _refuse("n_group", self.n_group, "a group needs two experts for its score")
+            refuse("n_group", self.n_group, "a group needs two experts for its score")
         if self.qk_rope_head_dim % 2:
-            _refuse("qk_rope_head_dim", self.qk_rope_head_dim, "rope turns pairs")
-
-
-_HUB_CONFIG_HINT = "copy config.json from the model's page on the hub"
-
-
-def _refuse(name: str, value, why: str) -> None:
-    raise UserError(f"config.json has `{name}` = `{brief(value)}`; {why}", _HUB_CONFIG_HINT)
-
-
-def _check_assumed(name: str, value, assumed) -> None:
-    if value not in (None, assumed):
-        only = "it is not" if assumed is None else f"`{assumed}` is the only value"
-        _refuse(name, value, f"{only} implemented")
-
-
-def _check_ids(name: str, value, size: int) -> None:
-    """Refuse what is no token and no list of tokens: MLX would read foreign memory for it."""
-    for token in value if isinstance(value, list) else [value]:
-        if token is not None and not (type(token) is int and 0 <= token < size):
-            _refuse(name, value, "a token of the vocabulary is needed")
-
-
-def _typed(name: str, wanted: type, value):
-    """Return a value as its field needs it; refuse what would fail far from here, or count as true.
-
-    An integer is a float too; a float is not an integer, not even 4.0, and neither is a bool.
-    """
-    if wanted in (str, dict | None) or (value is None and wanted == int | None):
-        return value
-    if wanted is bool:
-        return value if type(value) is bool else _refuse(name, value, "true or false is needed")
-    is_number = type(value) is int or (type(value) is float and wanted is float)
-    if not is_number or value != value:  # NaN
-        _refuse(name, value, f"{'a number' if wanted is float else 'an integer'} is needed")
-    least, most = RANGES[name.rpartition(".")[2]]
-    if not least <= value <= most:
-        _refuse(name, value, f"it takes {least:,} to {most:,}")
-    return float(value) if wanted is float else value
+            refuse("qk_rope_head_dim", self.qk_rope_head_dim, "rope turns pairs")
 
 
 def _read_rope(config: dict) -> dict:
@@ -244,17 +150,17 @@ def _read_rope(config: dict) -> dict:
     where = "rope_scaling" if config.get("rope_scaling") not in (None, {}) else "rope_parameters"
     given = {} if config.get(where) is None else config[where]
     if not isinstance(given, dict):
-        _refuse(where, given, "an object is needed")
+        refuse(where, given, "an object is needed")
     kind = given.get("rope_type") or given.get("type")
     if kind is None and "factor" in given:
-        raise UserError(f"config.json lacks `{where}.type`", _HUB_CONFIG_HINT)
+        raise UserError(f"config.json lacks `{where}.type`", CONFIG_HINT)
     if kind not in (None, "default", "yarn"):
-        _refuse(f"{where}.type", kind, "`yarn` is the only value implemented")
+        refuse(f"{where}.type", kind, "`yarn` is the only value implemented")
     for key, value in given.items():
         if key not in ROPE_KEYS:
-            _refuse(f"{where}.{key}", value, "it is not implemented")
+            refuse(f"{where}.{key}", value, "it is not implemented")
     partial = given.get("partial_rotary_factor")
-    _check_assumed(f"{where}.partial_rotary_factor", partial, ASSUMED["partial_rotary_factor"])
+    check_assumed(f"{where}.partial_rotary_factor", partial, ASSUMED["partial_rotary_factor"])
     theta = given.get("rope_theta")
     if theta is None:
         theta = config.get("rope_theta", ModelArgs.rope_theta)
@@ -265,8 +171,8 @@ def _read_rope(config: dict) -> dict:
     scaling = YARN_DEFAULTS | said
     for key in ("factor", "original_max_position_embeddings"):
         if key not in scaling:
-            raise UserError(f"config.json lacks `{where}.{key}`", _HUB_CONFIG_HINT)
-    typed = {key: _typed(f"{where}.{key}", YARN[key], value) for key, value in scaling.items()}
+            raise UserError(f"config.json lacks `{where}.{key}`", CONFIG_HINT)
+    typed = {key: typed_value(f"{where}.{key}", YARN[key], value) for key, value in scaling.items()}
     return {"rope_theta": theta, "rope_scaling": {"type": "yarn"} | typed}
 
 
@@ -281,10 +187,10 @@ def read_config(folder: Path) -> dict:
     config = read_json(folder / "config.json")
     for name in ("quantization", "quantization_config"):
         if not isinstance(config.get(name), dict | None):
-            _refuse(name, config[name], "an object is needed")
+            refuse(name, config[name], "an object is needed")
     _check_quantization(config.get("quantization"), "quantization")
     if not isinstance(config.get("tokenizer_class"), str | None):
-        _refuse("tokenizer_class", config["tokenizer_class"], "a name is needed")
+        refuse("tokenizer_class", config["tokenizer_class"], "a name is needed")
     return config
 
 
@@ -297,9 +203,9 @@ def _check_quantization(entry: dict | None, where: str) -> None:
         return
     for name in ("bits", "group_size"):
         if type(entry.get(name)) is not int or not 1 <= entry[name] <= 1024:
-            _refuse(f"{where}.{name}", entry.get(name), "it takes 1 to 1,024")
+            refuse(f"{where}.{name}", entry.get(name), "it takes 1 to 1,024")
     if not isinstance(entry.get("mode", "affine"), str):
-        _refuse(f"{where}.mode", entry["mode"], "a name is needed")
+        refuse(f"{where}.mode", entry["mode"], "a name is needed")
     for name, value in entry.items():
         if isinstance(value, dict):
             _check_quantization(value, f"{where}.{name}")

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 ROWS = [
     {"errors", "sizes"},
     {"options", "json_files"},
+    {"fields"},
     {"config", "device"},
     {"checkpoint"},
     {"model"},
@@ -26,7 +27,8 @@ ROWS = [
 ]
 # The second opinion shares no code with the others.
 ALONE = {"reference": {"errors", "options", "json_files"}}
-NO_TENSORS = {"errors", "sizes", "options", "json_files", "config", "checkpoint", "conversation"}
+NO_TENSORS = {"errors", "sizes", "options", "json_files", "fields", "config", "checkpoint"}
+NO_TENSORS |= {"conversation"}
 REFERENCE_MAY = {"torch", "safetensors", "tokenizers", "huggingface_hub", "triton"}
 CONVERT_MAY = {"mlx", "numpy", "rich", "huggingface_hub"}
 

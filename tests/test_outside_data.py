@@ -155,6 +155,14 @@ def test_a_trunk_that_mlx_does_not_take(folder, capsys, case):
     assert f"`{name.rpartition('.')[0]}` in `" in error or f"`{KV_B}.weight` has shape" in error
 
 
+def test_rows_that_no_number_of_heads_shares(folder, capsys):
+    """384 rows for five heads were a ValueError of a reshape."""
+    edit(folder / "packed" / "config.json", num_attention_heads=5)
+    assert "kv_b_proj.weight` has shape (384, 128); config.json says (480," in refusal(
+        capsys, load, folder / "packed"
+    )
+
+
 def test_heads_that_cannot_be_packed(tmp_path):
     """The older form packs rows of the latent width; rows of a head may fit no group."""
     config = D | {"qk_nope_head_dim": 48}
