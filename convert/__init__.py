@@ -1,7 +1,7 @@
 """The converter: a hub checkpoint (FP8 blocks or BF16) becomes a quantised MLX folder.
 
 Read in this order: `source` (a checkpoint's tensors), `inventory` (which it must hold), `recipe`
-(which one is asked for), `plan` (what will be written) and `planner` (how that is decided);
+(how many bits), `plan` (what will be written) and `planner` (how that is decided);
 `dequantize`, `quantize` and `transform` (the arithmetic); `disk`, `writer` and `journal` (bytes
 that survive a kill), `agreement` (may a run go on?) and `destination` (the folder), `manifest`
 (its small files); `pipeline` (much at a time) and `run`, which ties them together.

@@ -14,10 +14,10 @@ from math import prod
 from typing import NamedTuple
 
 from convert.identity import Identity
+from convert.recipe import Recipe
 from convert.source import Source
 from mlx_dsv3.checkpoint.format import FORMAT, SCALE_SUFFIX, Quantization
 from mlx_dsv3.checkpoint.headers import DTYPE_BYTES
-from mlx_dsv3.checkpoint.recipe import Recipe
 
 
 class Part(NamedTuple):

@@ -21,9 +21,9 @@ from convert.inventory import (
     outer_tensors,
 )
 from convert.plan import Module, OutputFile, Part, Plan, Target, Unit
+from convert.recipe import Recipe
 from convert.source import Source
 from mlx_dsv3.checkpoint.format import SIDECAR, experts_file, module_path, trunk_file
-from mlx_dsv3.checkpoint.recipe import Recipe
 
 TRUNK_FILE_BYTES = 5 * 10**9
 BLOCK_ELEMENTS = 16 << 20  # 64 MB as float32: no matrix of an expert of V3 is split

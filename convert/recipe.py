@@ -1,19 +1,32 @@
-"""Which recipe the user asks for: a built-in name, `--q-*` flags, or a JSON file.
+"""A recipe: how many bits each role gets. Knows roles and widths, no tensors.
 
-Every value is looked at before it counts: 0 bits, 4.0 and "4" are not 4, and `null` alone leaves a
-role as it is. A recipe that equals a built-in one is that one, and no other bears its name, so
-that a name says what a folder holds.
+The roles are those of `inventory.py` without the ones that are never quantised (norms, router,
+selection bias). `q4` and the other uniform recipes give what `mlx_lm.convert -q` gives; the
+MTP module has 8 bits whatever the recipe, because drafts of a 4-bit one are hardly ever accepted.
+
+What a user gives (a name, `--q-*` flags, a JSON file) is looked at before it counts: 0 bits, 4.0
+and "4" are not 4, and `null` alone leaves a role as it is. A recipe that equals a built-in one is
+that one, and no other bears its name, so that a name says what a folder holds.
 """
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlx_dsv3.checkpoint.format import Quantization
-from mlx_dsv3.checkpoint.recipe import RECIPES, ROLES, Recipe, known_name, uniform
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.json_files import brief, read_json
 
+ROLES = (
+    "embedding",
+    "head",
+    "attention",
+    "dense",
+    "shared",
+    "experts_gate_up",
+    "experts_down",
+    "mtp",
+)
 ALLOWED = {  # mode -> (group sizes, bits); the first of each is mlx-lm's default
     "affine": ((64, 32, 128), (4, 2, 3, 5, 6, 8)),
     "mxfp4": ((32,), (4,)),
@@ -26,6 +39,61 @@ FORM = (
     'a role is a number of bits, `{"bits": 4, "group_size": 64, "mode": "affine"}`, or `null`, '
     "which leaves it as it is"
 )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Quantisation by role; None leaves the role in `dtype` (BF16, or F32 by widening)."""
+
+    name: str
+    by_role: dict[str, Quantization | None]
+    dtype: str = "BF16"
+
+    def quantization(self, role: str, width: int) -> Quantization | None:
+        """Return how a matrix of `role` with rows of `width` is stored."""
+        chosen = self.by_role.get(role)
+        return chosen if chosen and chosen.fits(width) else None
+
+    @property
+    def default(self) -> Quantization | None:
+        """Return what config.json names for every module; others are listed by path."""
+        stored = [q for role, q in self.by_role.items() if q and role != "mtp"]
+        return self.by_role["experts_gate_up"] or (stored[0] if stored else None)
+
+    def as_dict(self) -> dict:
+        """Return the form of conversion.json, which a JSON recipe may have too."""
+        roles = {role: q.as_config() if q else None for role, q in self.by_role.items()}
+        return {"name": self.name, "dtype": self.dtype, **roles}
+
+
+def uniform(name: str, quantization: Quantization) -> Recipe:
+    """Give every role the same quantisation, the MTP module 8 bits."""
+    return Recipe(name, dict.fromkeys(ROLES, quantization) | {"mtp": Quantization(8)})
+
+
+def mixed(name: str, expert_bits: int) -> Recipe:
+    """Quantise routed experts to `expert_bits` and everything else to 8 bits."""
+    low = dict.fromkeys(("experts_gate_up", "experts_down"), Quantization(expert_bits))
+    return Recipe(name, dict.fromkeys(ROLES, Quantization(8)) | low)
+
+
+def unquantized(name: str, dtype: str) -> Recipe:
+    return Recipe(name, dict.fromkeys(ROLES), dtype)
+
+
+RECIPES = {
+    "float32": unquantized("float32", "F32"),
+    "bf16": unquantized("bf16", "BF16"),
+    "q8": uniform("q8", Quantization(8)),
+    "q6": uniform("q6", Quantization(6)),
+    "q4": uniform("q4", Quantization(4)),
+    "q3": uniform("q3", Quantization(3)),
+    "q2": uniform("q2", Quantization(2)),
+    "mxfp4": uniform("mxfp4", Quantization(4, 32, "mxfp4")),
+    "q4-mixed": mixed("q4-mixed", 4),
+    "q3-mixed": mixed("q3-mixed", 3),
+    "q2-mixed": mixed("q2-mixed", 2),
+}
 
 
 def choose(
@@ -43,10 +111,10 @@ def choose(
     return _known(uniform(f"q{bits}-g{group_size}-{mode}", quantization))
 
 
-def _known(recipe: Recipe, otherwise: str | None = None) -> Recipe:
-    """Return the built-in recipe that this one equals, else this one by the name `otherwise`."""
-    name = known_name(recipe.as_dict())
-    return RECIPES[name] if name else replace(recipe, name=otherwise or recipe.name)
+def _known(recipe: Recipe) -> Recipe:
+    """Return the built-in recipe that this one equals, else this one."""
+    equal = [known for known in RECIPES.values() if replace(recipe, name=known.name) == known]
+    return equal[0] if equal else recipe
 
 
 def _named(name: str) -> Recipe:
@@ -54,8 +122,8 @@ def _named(name: str) -> Recipe:
         return RECIPES[name]
     path = Path(name)
     if name.endswith(".json") and path.exists():
-        free_name = path.name if path.stem in RECIPES else path.stem
-        return _known(from_dict(read_json(path, hint=FORM), f"`{name}`"), free_name)
+        recipe = from_dict(read_json(path, hint=FORM), f"`{name}`")
+        return _known(replace(recipe, name=path.name if path.stem in RECIPES else path.stem))
     raise UserError(
         f"there is no recipe `{name}`", f"choose one of {', '.join(RECIPES)}, or a JSON file"
     )

@@ -10,9 +10,9 @@ from convert.inventory import holds_mtp
 from convert.manifest import quantization_config, write_json
 from convert.plan import Plan
 from convert.planner import build
+from convert.recipe import RECIPES
 from convert.source import Source
 from mlx_dsv3.checkpoint.format import MANIFEST, PARTIAL, SIDECAR
-from mlx_dsv3.checkpoint.recipe import RECIPES
 from mlx_dsv3.checkpoint.unfinished import JOURNAL
 from mlx_dsv3.config import ModelArgs, read_config
 from mlx_dsv3.errors import UserError

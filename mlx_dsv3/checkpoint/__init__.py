@@ -1,7 +1,7 @@
 """What a folder or a repository holds, from its headers alone; the converter reads it too.
 
 Read in this order: `headers` (safetensors headers), `format` (names of files and tensors, packing,
-index, manifest), `recipe` (how many bits), `unfinished` (what a conversion left), `hub`
-(repositories), `folder` (an MLX folder, here or on the hub). Everything is checked here, where it
-enters. Knows no tensors' values, and no model.
+index, manifest), `unfinished` (what a conversion left), `hub` (repositories), `folder` (an MLX
+folder, here or on the hub). Everything is checked here, where it enters. Knows no tensors' values,
+and no model.
 """
