@@ -6,7 +6,8 @@ One layer in float32, from the queries (after q_b_proj) to the heads' outputs (b
 projections are the same product on both sides. The two run in turn in one process; memory is MLX's
 peak above what was active before. Run it once with MLX's own BLAS and once with OpenBLAS:
 
-    LD_PRELOAD=/usr/lib/x86_64-linux-gnu/openblas-pthread/libblas.so.3 python benchmarks/...
+    export LD_PRELOAD=/usr/lib/x86_64-linux-gnu/openblas-pthread/libblas.so.3
+    python benchmarks/bench_attention.py
 """
 
 import argparse

@@ -14,7 +14,8 @@ MLX's CPU backend computes quantised products row by row, so there R is near 1 +
 a fast BLAS it is lower. Run it both ways (threads of OpenBLAS that wait for work disturb others):
 
     export OPENBLAS_NUM_THREADS=1
-    LD_PRELOAD=/usr/lib/x86_64-linux-gnu/openblas-pthread/libblas.so.3 python benchmarks/...
+    export LD_PRELOAD=/usr/lib/x86_64-linux-gnu/openblas-pthread/libblas.so.3
+    python benchmarks/bench_mtp.py
 """
 
 import argparse

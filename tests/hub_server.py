@@ -29,9 +29,9 @@ class Hub(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, repo: str = REPO):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.folder = folder
+        self.folder, self.repo = folder, repo
         self.commits, self.main = {COMMIT: folder}, COMMIT
         self.closed = None  # status for every request
         self.about: bytes | dict = {}  # instead of what it says of the repository, or beside
@@ -71,16 +71,19 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(b"", with_body, self.server.closed, Location=self.path)
         if self.server.closed:
             return self.refuse(self.server.closed)
-        commits = self.server.commits
-        if match := re.fullmatch(f"/api/models/{REPO}(?:/revision/(.+))?", path):
+        commits, repo = self.server.commits, self.server.repo
+        if match := re.fullmatch(f"/api/models/{repo}(?:/revision/(.+))?", path):
             commit = self.server.main if match[1] in (None, "main") else match[1]
             if commit not in commits:
                 return self.refuse(404, "RevisionNotFound")
             if isinstance(self.server.about, bytes):
                 return self.send(self.server.about, with_body)
-            about = describe(commits[commit]) | {"sha": commit} | self.server.about
+            names = {"id": repo, "modelId": repo, "sha": commit}
+            about = describe(commits[commit]) | names | self.server.about
             return self.send(json.dumps(about).encode(), with_body)
-        match = re.fullmatch(f"/{REPO}/resolve/([0-9a-f]+)/(.+)", path)
+        if match := re.fullmatch(f"/api/models/{repo}/tree/([0-9a-f]+)", path):
+            return self.send(json.dumps(tree(commits[match[1]])).encode(), with_body)
+        match = re.fullmatch(f"/{repo}/resolve/([0-9a-f]+)/(.+)", path)
         if not match or not (commits.get(match[1], Path()) / match[2]).is_file():
             return self.refuse(404)
         self.send_file(*match.groups(), with_body)
@@ -146,12 +149,20 @@ def describe(folder: Path) -> dict:
             sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
             entry["lfs"] = {"size": entry["size"], "sha256": sha256, "pointerSize": 134}
         siblings.append(entry)
-    return {"id": REPO, "modelId": REPO, "sha": COMMIT, "siblings": siblings, "tags": []}
+    return {"siblings": siblings, "tags": []}
+
+
+def tree(folder: Path) -> list[dict]:
+    """Return what the hub's API says about the files of a repository."""
+    return [
+        {"type": "file", "path": each["rfilename"], "size": each["size"], "oid": each["blobId"]}
+        for each in describe(folder)["siblings"]
+    ]
 
 
 @contextmanager
-def serve(folder: Path) -> Iterator[Hub]:
-    server = Hub(folder)
+def serve(folder: Path, repo: str = REPO) -> Iterator[Hub]:
+    server = Hub(folder, repo)
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     yield server
     server.shutdown()
