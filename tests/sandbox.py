@@ -37,10 +37,17 @@ class Parsed(Exception):
 
 
 class Sandbox:
-    """One folder. `converted` is the demo model in 4 bits, which is not written to."""
+    """One folder. `converted` is the demo model in 4 bits, which is not written to.
 
-    def __init__(self, folder: Path, converted: Path):
-        self.folder, self.converted = folder, converted
+    `environment` is that of the programs that are started. `is_shell`: every command is.
+    """
+
+    def __init__(self, folder: Path, converted: Path, environment: dict[str, str]):
+        self.folder, self.converted, self.is_shell = folder, converted, False
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        # Whatever the stamps say, and whatever a recipe calls, nothing is installed.
+        nothing = {"MAKEFLAGS": "PIP=false", "PIP_DRY_RUN": "1"}
+        self.environment = environment | nothing | {"PATH": path}
         self.checkpoint = ROOT / "demo/checkpoint"
         for name in CHECKOUT:
             (folder / name).symlink_to(ROOT / name)
@@ -78,24 +85,21 @@ class Sandbox:
             shutil.copytree(self.converted, path, ignore=elsewhere)
 
     def run(self, command: str) -> tuple[int, str]:
-        """Run a command: what is Python in this process, all else in a shell. Return what it says."""
+        """Run a command, in this process if it is Python; return its status and what it says."""
         words = shlex.split(command)
         self.provide(words)
-        if any(word in SHELL for word in words) or not (main := main_of(words)):
-            return self.in_shell(command)
-        return self.here(words, main)
+        is_shell = self.is_shell or any(word in SHELL for word in words)
+        main = None if is_shell else main_of(words)
+        return self.here(words, main) if main else self.in_shell(command)
 
     def in_shell(self, command: str) -> tuple[int, str]:
         """Run a command with bash; refuse one that reaches beyond the folder."""
         if BEYOND.intersection(shlex.split(command)) and not command.endswith(" --help"):
             return 1, "it reaches beyond the sandbox: say in LIMITS how far it is taken"
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        # Whatever the stamps say, and whatever a recipe calls, nothing is installed.
-        environment = os.environ | {"PATH": path, "MAKEFLAGS": "PIP=false", "PIP_DRY_RUN": "1"}
         done = subprocess.run(
             ["bash", "-c", command],
             cwd=self.folder,
-            env=environment,
+            env=self.environment,
             input=TYPED,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -119,7 +123,7 @@ def program(words: list[str]) -> list[str]:
     """Return a command from its program on, without what is set for it and what starts it."""
     while "=" in words[0]:
         words = words[1:]
-    return words[words.index("-m") :] if words[0] == "torchrun" else words
+    return words[words.index("-m") :] if words[0] == "torchrun" and "-m" in words else words
 
 
 def outputs(words: list[str]) -> set[str]:

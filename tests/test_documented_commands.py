@@ -51,7 +51,11 @@ def is_known(sandbox: Sandbox, command: str) -> tuple[int, str]:
     """Never run it: look up in pyproject.toml what `pip install` is asked for."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    wanted = ["tiktoken", *project["dependencies"], *(text for each in extras.values() for text in each)]
+    wanted = [
+        "tiktoken",
+        *project["dependencies"],
+        *(text for each in extras.values() for text in each),
+    ]
     names = {re.match(r"[\w-]+", text)[0] for text in wanted}
     name, extra = re.fullmatch(r"pip install '?([\w.-]+)(?:\[(\w+)\])?'?", command).groups()
     is_there = extra in (None, *extras) if name == "." else name in names
@@ -91,6 +95,7 @@ LIMITS = {
         "python -m convert mtp",
         "python -m convert verify",
         "python -m mlx_dsv3.reference.record",
+        "torchrun --nproc-per-node 8",
     ],
     (parsed, "needs 8 GPUs"): [
         "torchrun --nproc-per-node 8 -m mlx_dsv3.reference.generate SOURCE -p TEXT --device cuda"
@@ -140,9 +145,11 @@ DOCUMENTS = documents()
 @pytest.fixture
 def fresh(converted, checkpoint, tmp_path_factory, monkeypatch) -> Callable[[], Sandbox]:
     """Return what makes a sandbox; the hub is a server with the demo model as DeepSeek-R1."""
+    home, make = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp
     with hub_server.serve(checkpoint, HUB_ID) as server:
-        hub_server.know_only(server, tmp_path_factory.mktemp("home"), monkeypatch)
-        yield lambda: Sandbox(tmp_path_factory.mktemp("sandbox"), converted("q4"))
+        hub_server.know_only(server, home, monkeypatch)
+        environment = hub_server.environment(server, home)
+        yield lambda: Sandbox(make("sandbox"), converted("q4"), environment)
 
 
 def complaints(sandbox: Sandbox, commands: list[str]) -> list[str]:
@@ -163,6 +170,18 @@ def complaints(sandbox: Sandbox, commands: list[str]) -> list[str]:
 def test_pages(page, fresh):
     """The commands of a page, in their order: the folder that one writes is the next one's."""
     failed = complaints(fresh(), DOCUMENTS[page])
+    assert not failed, "\n".join(failed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["README.md", "docs/parity.md"])
+def test_pages_in_a_shell(page, fresh):
+    """The same by bash, every program started anew: no import of a test makes up for one."""
+    sandbox = fresh()
+    sandbox.is_shell = True
+    failed = complaints(
+        sandbox, [each for each in DOCUMENTS[page] if limit_of(each) is Sandbox.run]
+    )
     assert not failed, "\n".join(failed)
 
 
@@ -209,7 +228,6 @@ def test_commands_are_found():
         "make slow",
         "python -m convert plan SOURCE",
         "pip install x",
-        "sudo make demo",
         "unknown --flag",
         "python -m demo.train [--minutes N] [--seed N ...]",
         "hf download",
@@ -229,7 +247,7 @@ def test_commands_are_found():
         "python -m convert plan",
         "python -m mlx_dsv3.parity FOLDER SOURCE",
         "python benchmarks/bench_mtp.py --only nothing",
-        "python chat.py MODEL -p Hello | grep Goodbye",
+        "printf Hello | grep Goodbye",
         "make slow ARGS=x missing",
         "pip install x",
         "sudo make demo",
