@@ -95,7 +95,7 @@ LIMITS = {
         "python -m convert mtp",
         "python -m convert verify",
         "python -m mlx_dsv3.reference.record",
-        "torchrun --nproc-per-node 8 ...",
+        "torchrun --nproc-per-node N",
     ],
     (parsed, "needs 8 GPUs"): [
         "torchrun --nproc-per-node 8 -m mlx_dsv3.reference.generate SOURCE -p TEXT --device cuda"
