@@ -17,7 +17,7 @@ from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.device import available_bytes, buffer_cache_bytes, most_wired_bytes
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.experts.files import FLOAT_BYTES, LayerExperts
-from mlx_dsv3.model.mla import ABSORBED_MAX_QUERIES, SCORE_BYTES
+from mlx_dsv3.model.mla import ABSORBED_MAX_QUERIES, attention_bytes
 from mlx_dsv3.sizes import GB, gigabytes, round_down, round_up
 
 # MLX's Metal allocator changes its behaviour when 95 % of the recommended working set is active.
@@ -111,22 +111,32 @@ def slot_bytes(layer: int, tensors: dict[str, TensorInfo], args: ModelArgs, dtyp
     )
 
 
-def transient_bytes(args: ModelArgs, dtype: mx.Dtype, tokens: int) -> int:
-    """Estimate what one layer of a prefill chunk takes beside weights and cache."""
-    D, F = args.hidden_size, args.moe_intermediate_size
-    K, H = args.num_experts_per_tok, args.num_attention_heads
-    heads = H * (args.qk_nope_head_dim + args.qk_rope_head_dim + args.v_head_dim)
-    experts = tokens * K * (2 * D + 3 * F)  # rows, gate and up, their product, output
-    attention = tokens * 2 * heads
-    return (max(experts, attention) + 4 * tokens * D) * dtype.size
+def transient_bytes(args: ModelArgs, dtype: mx.Dtype, tokens: int, context: int) -> int:
+    """Estimate what one layer of a prefill chunk takes beside weights and cache.
+
+    The chunk is the last of a `context`, and a few tokens more may follow it in another form.
+    """
+    D, F, K = args.hidden_size, args.moe_intermediate_size, args.num_experts_per_tok
+    few = min(tokens, ABSORBED_MAX_QUERIES)
+    attention = max(attention_bytes(args, dtype.size, L, context) for L in (few, tokens))
+    # Rows in the order of experts and of tokens; bfloat16 ones are weighed as float32. Before
+    # that: the input's rows, gate and up, and their product.
+    rows = max(2 * D if dtype.size == 4 else 3 * D, D + 3 * F)
+    mlp = tokens * max(K * rows, 4 * args.intermediate_size) * dtype.size
+    return max(attention, mlp) + 4 * tokens * D * dtype.size
 
 
 def choose_chunk(args: ModelArgs, dtype: mx.Dtype, context: int, most: int, spare: int) -> int:
-    """Return the tokens of a prefill chunk: at most so many, and what `spare` bytes allow."""
-    for tokens in PREFILL_CHUNKS:
-        if tokens <= most and transient_bytes(args, dtype, min(tokens, context)) <= spare:
-            return min(tokens, context)
-    return min(PREFILL_CHUNKS[-1], context)
+    """Return the tokens of a prefill chunk: at most so many, and what `spare` bytes allow.
+
+    They are beside what the smallest chunk takes.
+    """
+    sizes = [min(tokens, context) for tokens in PREFILL_CHUNKS]
+    least = transient_bytes(args, dtype, sizes[-1], context)
+    for tokens in sizes:
+        if tokens <= most and transient_bytes(args, dtype, tokens, context) - least <= spare:
+            return tokens
+    return sizes[-1]
 
 
 class Sizes(NamedTuple):
@@ -208,13 +218,16 @@ def plan_at(
     limit: int,
 ) -> MemoryPlan:
     """Return the plan for a context, which may be larger than the limit."""
-    extra = OVERHEAD_BYTES + buffer_cache_bytes()
-    if context > ABSORBED_MAX_QUERIES:
-        extra += min(SCORE_BYTES, 12 * args.num_attention_heads * context**2)
-    room = limit - sizes.trunk - sizes.mtp - sizes.row * context - extra
+
+    def transients(tokens: int) -> int:
+        return transient_bytes(args, dtype, min(tokens, context), context)
+
+    extra, least = OVERHEAD_BYTES + buffer_cache_bytes(), transients(PREFILL_CHUNKS[-1])
+    room = limit - sizes.trunk - sizes.mtp - sizes.row * context - extra - least
     everything = sum(sizes.slots.values()) * args.n_routed_experts
-    least = transient_bytes(args, dtype, min(RESIDENT_CHUNK, context))
-    budget = room - least if expert_memory_gb is None else int(expert_memory_gb * GB)
+    budget = room + least - transients(RESIDENT_CHUNK)
+    if expert_memory_gb is not None:
+        budget = int(expert_memory_gb * GB)
     is_resident = experts == "resident" or (experts == "auto" and everything <= budget)
     if is_resident:
         chunk = choose_chunk(args, dtype, context, RESIDENT_CHUNK, room - everything)
@@ -222,16 +235,16 @@ def plan_at(
         spare = room - budget if expert_memory_gb is not None else room
         spare = min(spare, int(room * CHUNK_SHARE))
         chunk = choose_chunk(args, dtype, context, PREFILL_CHUNKS[0], spare)
-    transients = transient_bytes(args, dtype, chunk)
     if is_resident or not sizes.slots:
         slots = dict.fromkeys(sizes.slots, args.n_routed_experts)
     else:
-        slots = choose_slots(args, sizes.slots, room - transients, expert_memory_gb)
+        room += least - transients(chunk)
+        slots = choose_slots(args, sizes.slots, room, expert_memory_gb)
     return MemoryPlan(
         trunk_bytes=sizes.trunk,
         mtp_bytes=sizes.mtp,
         cache_bytes=sizes.row * context,
-        transient_bytes=extra + transients,
+        transient_bytes=extra + transients(chunk),
         context=context,
         prefill_chunk=chunk,
         num_experts=args.n_routed_experts,

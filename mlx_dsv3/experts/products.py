@@ -55,12 +55,12 @@ def compute_experts(bank, x: mx.array, slots: mx.array, is_sorted: bool) -> mx.a
     return bank.down.gather(swiglu(gate, up), slots, is_sorted).squeeze(-2)
 
 
-def compute_in_numpy(bank, x: np.ndarray, slots: np.ndarray) -> mx.array:
-    """Return the same for x (n, D) sorted by slot (n,), with one dense product per expert."""
-    out = np.empty_like(x)
+def compute_in_numpy(bank, x: np.ndarray, tokens: np.ndarray, slots: np.ndarray) -> mx.array:
+    """Return (n, D) for rows of x (T, D), sorted by slot (n,): one dense product per expert."""
+    out = np.empty((len(tokens), x.shape[1]), x.dtype)
     bounds = [*np.flatnonzero(np.diff(slots, prepend=-1)), len(slots)]
     for begin, end in pairwise(bounds):
-        gate_up = bank.gate_up.multiply(x[begin:end], slots[begin])  # (rows, 2 F)
+        gate_up = bank.gate_up.multiply(x[tokens[begin:end]], slots[begin])  # (rows, 2 F)
         hidden = swiglu(*mx.split(mx.array(gate_up), 2, axis=-1))
         out[begin:end] = bank.down.multiply(np.array(hidden), slots[begin])
     return mx.array(out)
@@ -128,9 +128,9 @@ class Choices:
         is_for_numpy = self.is_for_numpy[self.experts[places]]
         if is_for_numpy.any():
             many = places[is_for_numpy]
-            x = np.array(self.x, copy=False)[many // self.shape[1]]
+            tokens, x = many // self.shape[1], np.array(self.x, copy=False)
             self.places.append(many)
-            self.parts.append(compute_in_numpy(self.bank, x, slots[is_for_numpy]))
+            self.parts.append(compute_in_numpy(self.bank, x, tokens, slots[is_for_numpy]))
         if not is_for_numpy.all():
             self.gather(places[~is_for_numpy], slots[~is_for_numpy])
 

@@ -41,17 +41,22 @@ def blocks(L: int, S: int, size: int) -> Iterator[tuple[slice, int]]:
         yield slice(start, end), S - L + end
 
 
+def absorbed_size(L: int, S: int, H: int) -> int:
+    """Return the queries of a block of the absorbed form."""
+    return min(L, max(1, SCORE_BYTES // (12 * H * S)))
+
+
 def attend_absorbed(q_nope, q_pe, latents, embed_q, unembed_out, scale):
     """Attend over the latent cache without expanding keys or values.
 
     q_nope (B, H, L, N), q_pe (B, H, L, R), latents (B, S, C + R) -> (B, H, L, V). Queries are taken
-    in blocks whose scores fit SCORE_BYTES.
+    in blocks whose scores fit SCORE_BYTES, evaluated one by one where there are several.
     """
     _, H, L, R = q_pe.shape
     S = latents.shape[1]
     q = mx.concatenate([embed_q(q_nope), q_pe], axis=-1) * scale  # (B, H, L, C + R)
-    outs = []
-    for block, seen in blocks(L, S, max(1, SCORE_BYTES // (12 * H * S))):
+    outs, size = [], absorbed_size(L, S, H)
+    for block, seen in blocks(L, S, size):
         # One key serves every head: the heads are rows of one product.
         queries, keys = q[:, :, block].flatten(1, 2), latents[:, :seen]
         scores = mx.unflatten(queries @ keys.swapaxes(-1, -2), 1, (H, -1))  # (B, H, L, S)
@@ -60,6 +65,8 @@ def attend_absorbed(q_nope, q_pe, latents, embed_q, unembed_out, scale):
             scores = mx.where(causal_mask(scores.shape[2], seen), scores, -mx.inf)
         weights = mx.softmax(scores, axis=-1).astype(keys.dtype).flatten(1, 2)  # (B, H L, S)
         outs.append(mx.unflatten(weights @ keys[..., :-R], 1, (H, -1)))  # values: the latents
+        if size < L:
+            mx.eval(outs[-1])
     return unembed_out(mx.concatenate(outs, axis=2))  # (B, H, L, C) -> (B, H, L, V)
 
 
@@ -68,34 +75,69 @@ def some_heads(layer: nn.Module, heads: slice) -> nn.Module:
     return copy(layer).update(tree_map(lambda array: array[heads], layer.parameters()))
 
 
-def attend_expanded(q_nope, q_pe, latents, embed_q, unembed_out, scale):
-    """Attend with keys and values expanded, one group of heads and block of queries at a time.
+def expanded_sizes(L: int, S: int, H: int, width: int, itemsize: int) -> tuple[int, int]:
+    """Return the heads of a group and the queries of a block, for keys and values of `width`."""
+    group = min(H, max(1, EXPANDED_BYTES // (S * itemsize * width)))
+    return group, min(L, max(16, SCORE_BYTES // (3 * S * itemsize * group)))
 
-    Same shapes and result as `attend_absorbed`. Keys are cut at the block's last position, so
-    the part of a causal square that is masked anyway is mostly not computed.
+
+def attend_expanded(q_nope, q_pe, latents, embed_q, unembed_out, scale):
+    """Attend with keys and values expanded, for one group of heads after another.
+
+    Same shapes and result as `attend_absorbed`.
     """
     _, H, L, N = q_nope.shape
     B, S, _ = latents.shape
     R, V = q_pe.shape[-1], unembed_out["weight"].shape[1]
     latent, k_pe = mx.split(latents[:, None], [-R], axis=-1)  # (B, 1, S, C), (B, 1, S, R)
-    column_bytes = B * S * latents.itemsize
-    group = max(1, EXPANDED_BYTES // (column_bytes * (N + R + V)))
-    size = max(16, SCORE_BYTES // (3 * column_bytes * min(group, H)))
-    groups = []
+    latent = mx.contiguous(latent)  # or a product would copy it for every head
+    group, size = expanded_sizes(L, B * S, H, N + R + V, latents.itemsize)
+    outs = []
     for first in range(0, H, group):
         heads = slice(first, first + group)
-        k_nope = some_heads(embed_q, heads)(latent, transpose=False)  # (B, h, S, N)
-        k = mx.concatenate([k_nope, mx.broadcast_to(k_pe, (*k_nope.shape[:3], R))], axis=-1)
-        v = some_heads(unembed_out, heads)(latent)  # (B, h, S, V)
-        q = mx.concatenate([q_nope[:, heads], q_pe[:, heads]], axis=-1)
-        outs = [
-            mx.fast.scaled_dot_product_attention(
-                q[:, :, block], k[:, :, :seen], v[:, :, :seen], scale=scale, mask="causal"
-            )
-            for block, seen in blocks(L, S, size)
-        ]
-        groups.append(mx.concatenate(outs, axis=2))
-    return mx.concatenate(groups, axis=1)
+        up = some_heads(embed_q, heads), some_heads(unembed_out, heads)
+        outs.append(attend_group(q_nope[:, heads], q_pe[:, heads], latent, k_pe, *up, scale, size))
+    return mx.concatenate(outs, axis=1)
+
+
+def attend_group(q_nope, q_pe, latent, k_pe, embed_q, unembed_out, scale, size):
+    """Attend with some heads, in blocks of `size` queries: (B, h, L, V).
+
+    Keys are cut at the block's last position, so the part of a causal square that is masked anyway
+    is mostly not computed. Each block is evaluated: MLX interleaves what a graph lets it, and
+    would hold the scores of some twenty blocks at once.
+    """
+    k = embed_q(latent, transpose=False)  # (B, h, S, N)
+    k = mx.concatenate([k, mx.broadcast_to(k_pe, (*k.shape[:3], k_pe.shape[-1]))], axis=-1)
+    mx.eval(k)
+    v = unembed_out(latent)  # (B, h, S, V)
+    mx.eval(v)
+    outs = []
+    for block, seen in blocks(q_pe.shape[2], k.shape[2], size):
+        q = mx.concatenate([q_nope[:, :, block], q_pe[:, :, block]], axis=-1)
+        keys, values = k[:, :, :seen], v[:, :, :seen]
+        out = mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask="causal")
+        mx.eval(out)
+        outs.append(out)
+    return mx.concatenate(outs, axis=2)
+
+
+def attention_bytes(args: ModelArgs, itemsize: int, L: int, S: int) -> int:
+    """Return the most bytes that L queries over S positions take beside weights and cached rows.
+
+    Counts what MLX's CPU backend was seen to hold (`test_memory.py`): of a block's scores one copy
+    is alive in float32, because each step takes over the buffer of the one before it.
+    """
+    H, C, R = args.num_attention_heads, args.kv_lora_rank, args.qk_rope_head_dim
+    N, V = args.qk_nope_head_dim, args.v_head_dim
+    held = L * H * (N + R) + L * (H + 1) * R + 2 * S * (C + R)  # queries; rows, as the cache grows
+    if L <= ABSORBED_MAX_QUERIES:
+        score_bytes = absorbed_size(L, S, H) * H * S * (4 if itemsize == 4 else 8)
+        return (held + 3 * L * H * (C + R)) * itemsize + score_bytes
+    group, size = expanded_sizes(L, S, H, N + R + V, itemsize)
+    expanding = group * S * (C + N + R + max(N, V))  # C: a CPU's product copies its input
+    attending = group * S * (N + R + V + size)
+    return (held + L * H * V + max(expanding, attending, 3 * L * H * V)) * itemsize
 
 
 class MLA(nn.Module):
