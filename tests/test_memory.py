@@ -1,5 +1,7 @@
 """The memory plan: sums from headers, slots that fit a budget, refusals that say what would."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import pytest
 import tiny
@@ -9,15 +11,18 @@ from mlx_folder import write_mlx
 from mlx_dsv3.checkpoint.folder import open_folder
 from mlx_dsv3.device import BUFFER_CACHE_BYTES, MOST_WIRED_SHARE
 from mlx_dsv3.errors import UserError
+from mlx_dsv3.generate import make_state, prefill
 from mlx_dsv3.load import load_model, plan_memory
 from mlx_dsv3.memory import (
     DEFAULT_CONTEXT,
     LEAST_CONTEXT,
+    OVERHEAD_BYTES,
     PREFILL_CHUNKS,
     RESIDENT_CHUNK,
     USABLE_SHARE,
     transient_bytes,
 )
+from mlx_dsv3.model import mla
 
 PACKING = {"bits": 4, "group_size": 64, "mode": "affine"}
 EXPERTS, K, LAYERS = tiny.D["n_routed_experts"], tiny.D["num_experts_per_tok"], 4
@@ -67,6 +72,35 @@ def test_a_decoded_token_takes_its_rows_alone(folder, drafts):
     store.close()
 
 
+# What a long prompt holds most of: expanded keys and values, scores, rows of experts.
+LONG = {
+    "keys and values": {"num_attention_heads": 16, "kv_lora_rank": 256},
+    "scores": {"num_attention_heads": 8, "qk_nope_head_dim": 16, "v_head_dim": 16},
+    "experts": {"num_experts_per_tok": 12, "hidden_size": 512},
+}
+
+
+@pytest.mark.parametrize("most", LONG)
+@pytest.mark.parametrize("experts", ["resident", "streamed"])
+def test_a_long_prompt_takes_what_was_planned(most, experts, tmp_path, monkeypatch):
+    """Keys and values were not in the plan, and MLX held the scores of many blocks at once."""
+    monkeypatch.setattr(mla, "EXPANDED_BYTES", 8 << 20)
+    monkeypatch.setattr(mla, "SCORE_BYTES", (64 if most == "scores" else 8) << 20)
+    config = tiny.D | {"num_hidden_layers": 2, "n_group": 1, "topk_group": 1} | LONG[most]
+    write_mlx(tmp_path, config, tiny.random_tensors(config), packing=PACKING)
+    slots = {1: EXPERTS, 2: EXPERTS if experts == "resident" else config["num_experts_per_tok"]}
+    plan = plan_memory(tmp_path, context=700, dtype=mx.float32)
+    loaded = load_model(tmp_path, dtype=mx.float32, plan=replace(plan, slots=slots))
+    mx.synchronize()
+    mx.clear_cache()
+    before = mx.get_active_memory() + loaded.plan.cache_bytes
+    mx.reset_peak_memory()
+    ids = [i % 160 for i in range(700)]
+    prefill(loaded.model, loaded.mtp, make_state(loaded), ids, loaded.plan.prefill_chunk)
+    planned = loaded.plan.transient_bytes - OVERHEAD_BYTES
+    assert 0.85 < (mx.get_peak_memory() - before) / planned < 1.1
+
+
 def test_budget_becomes_slots(folder):
     """Slots are even, the rest buys one more for some layers, and the sum keeps the budget."""
     one = plan_memory(folder, dtype=mx.float32)
@@ -101,7 +135,8 @@ def test_streamed_chunks_are_as_large_as_memory_allows(folder):
     assert chunk(experts="streamed") == PREFILL_CHUNKS[0]
     resident = plan_memory(folder, dtype=mx.float32, context=20000, experts="resident")
     args = open_folder(folder).args
-    tight = resident.total_bytes - transient_bytes(args, mx.float32, RESIDENT_CHUNK // 2)
+    tight = resident.total_bytes - transient_bytes(args, mx.float32, RESIDENT_CHUNK, 20000)
+    tight += transient_bytes(args, mx.float32, RESIDENT_CHUNK - 1, 20000)
     assert chunk(experts="resident", limit_bytes=tight) < RESIDENT_CHUNK
     least = resident.fixed_bytes + sum(resident.slot_bytes.values()) * (K + 1)
     plan = plan_memory(

@@ -91,6 +91,7 @@ def attend_expanded(q_nope, q_pe, latents, embed_q, unembed_out, scale):
     R, V = q_pe.shape[-1], unembed_out["weight"].shape[1]
     latent, k_pe = mx.split(latents[:, None], [-R], axis=-1)  # (B, 1, S, C), (B, 1, S, R)
     latent = mx.contiguous(latent)  # or a product would copy it for every head
+    mx.eval(q_nope, q_pe, latent, k_pe)
     group, size = expanded_sizes(L, B * S, H, N + R + V, latents.itemsize)
     outs = []
     for first in range(0, H, group):
@@ -136,7 +137,8 @@ def attention_bytes(args: ModelArgs, itemsize: int, L: int, S: int) -> int:
         return (held + 3 * L * H * (C + R)) * itemsize + score_bytes
     group, size = expanded_sizes(L, S, H, N + R + V, itemsize)
     expanding = group * S * (C + N + R + max(N, V))  # C: a CPU's product copies its input
-    attending = group * S * (N + R + V + size)
+    scores = max((block.stop - block.start) * seen for block, seen in blocks(L, S, size))
+    attending = group * (S * (N + R + V) + scores)
     return (held + L * H * V + max(expanding, attending, 3 * L * H * V)) * itemsize
 
 
