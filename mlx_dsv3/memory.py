@@ -17,8 +17,8 @@ from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.device import available_bytes, buffer_cache_bytes, most_wired_bytes
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.experts.files import FLOAT_BYTES, LayerExperts
-from mlx_dsv3.model.mla import ABSORBED_MAX_QUERIES, attention_bytes
 from mlx_dsv3.sizes import GB, gigabytes, round_down, round_up
+from mlx_dsv3.transients import transient_bytes
 
 # MLX's Metal allocator changes its behaviour when 95 % of the recommended working set is active.
 USABLE_SHARE = 0.92
@@ -109,21 +109,6 @@ def slot_bytes(layer: int, tensors: dict[str, TensorInfo], args: ModelArgs, dtyp
         for projection in PROJECTIONS
         for info in experts.parts(projection).values()
     )
-
-
-def transient_bytes(args: ModelArgs, dtype: mx.Dtype, tokens: int, context: int) -> int:
-    """Estimate what one layer of a prefill chunk takes beside weights and cache.
-
-    The chunk is the last of a `context`, and a few tokens more may follow it in another form.
-    """
-    D, F, K = args.hidden_size, args.moe_intermediate_size, args.num_experts_per_tok
-    few = min(tokens, ABSORBED_MAX_QUERIES)
-    attention = max(attention_bytes(args, dtype.size, L, context) for L in (few, tokens))
-    # Rows in the order of experts and of tokens; bfloat16 ones are weighed as float32. Before
-    # that: the input's rows, gate and up, and their product.
-    rows = max(2 * D if dtype.size == 4 else 3 * D, D + 3 * F)
-    mlp = tokens * max(K * rows, 4 * args.intermediate_size) * dtype.size
-    return max(attention, mlp) + 4 * tokens * D * dtype.size
 
 
 def choose_chunk(args: ModelArgs, dtype: mx.Dtype, context: int, most: int, spare: int) -> int:

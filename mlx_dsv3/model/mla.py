@@ -123,25 +123,6 @@ def attend_group(q_nope, q_pe, latent, k_pe, embed_q, unembed_out, scale, size):
     return mx.concatenate(outs, axis=2)
 
 
-def attention_bytes(args: ModelArgs, itemsize: int, L: int, S: int) -> int:
-    """Return the most bytes that L queries over S positions take beside weights and cached rows.
-
-    Counts what MLX's CPU backend was seen to hold (`test_memory.py`): of a block's scores one copy
-    is alive in float32, because each step takes over the buffer of the one before it.
-    """
-    H, C, R = args.num_attention_heads, args.kv_lora_rank, args.qk_rope_head_dim
-    N, V = args.qk_nope_head_dim, args.v_head_dim
-    held = L * H * (N + R) + L * (H + 1) * R + 2 * S * (C + R)  # queries; rows, as the cache grows
-    if L <= ABSORBED_MAX_QUERIES:
-        score_bytes = absorbed_size(L, S, H) * H * S * (4 if itemsize == 4 else 8)
-        return (held + 3 * L * H * (C + R)) * itemsize + score_bytes
-    group, size = expanded_sizes(L, S, H, N + R + V, itemsize)
-    expanding = group * S * (C + N + R + max(N, V))  # C: a CPU's product copies its input
-    scores = max((block.stop - block.start) * seen for block, seen in blocks(L, S, size))
-    attending = group * (S * (N + R + V) + scores)
-    return (held + L * H * V + max(expanding, attending, 3 * L * H * V)) * itemsize
-
-
 class MLA(nn.Module):
     """Latent attention; parameters have mlx-lm's names (`kv_b_proj` split for absorption)."""
 
