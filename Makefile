@@ -22,8 +22,9 @@ RESOLVE := $(UV) pip compile --quiet --universal --python-version 3.11 --fork-st
   --no-annotate --custom-compile-command 'make pins' \
   --extra cpu --extra reference --extra test pyproject.toml
 
-LONG := demo_model/* parity/test_long.py parity/test_mutations.py parity/test_record.py \
-  parity/test_replay.py parity/test_damage.py parity/test_report.py parity/test_perplexity.py test_convert*.py test_docs.py test_emitted.py test_draft_control.py test_parallel.py \
+LONG := demo_model/* fuzz/* parity/test_long.py parity/test_mutations.py parity/test_record.py \
+  parity/test_replay.py parity/test_damage.py parity/test_report.py parity/test_perplexity.py \
+  test_convert*.py test_docs.py test_emitted.py test_draft_control.py test_parallel.py \
   test_plan.py test_steps.py test_state.py test_streaming*.py test_wheel.py test_writer.py
 # A process for each core; those tests of a file that share a model stay together.
 EACH_CORE := -n auto --maxprocesses 4 --dist loadfile
@@ -32,7 +33,7 @@ CUDA_LANE := -m cuda tests/test_kernels.py tests/parity/test_cuda.py
 DEMO := build/demo-q4
 QUESTION := Hello! What is the capital of France?
 
-.PHONY: demo test quick slow test-newest test-oldest pins parity triton cuda lint format clean
+.PHONY: demo test quick slow fuzz test-newest test-oldest pins parity triton cuda lint format clean
 
 demo: $(DEMO)/config.json
 	@if [ -t 0 ]; then $(BIN)/python chat.py $(DEMO); \
@@ -52,6 +53,11 @@ quick: $(VENV)/.test
 # status 5 says that there are none.
 slow: $(VENV)/.test
 	$(FAST) $(BIN)/python -m pytest -m slow $(ARGS) || [ $$? = 5 ]
+
+# Programs against damaged files and command lines. `make fuzz ARGS='--seconds 300'` has another
+# seed each time; what it finds lies in build/fuzz and comes again with `--seed S --only NUMBER`.
+fuzz: $(VENV)/.test
+	env PYTHONPATH=tests $(BIN)/python -m fuzz $(or $(ARGS),--seconds 300)
 
 # Every version as new, or as old, as pyproject.toml allows, in an environment of its own.
 test-newest:
