@@ -28,11 +28,12 @@ Q4 = {"bits": 4, "group_size": 32, "mode": "affine"}
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """A checkpoint, an MLX folder, and one with packed weights in the older form."""
+    """A checkpoint and its conversion, an MLX folder, one with packed weights in the older form."""
     folder = tmp_path_factory.mktemp("made")
     write_hub(folder / "hub", A)
     write_mlx(folder / "mlx", A, random_tensors(A))
     write_mlx(folder / "packed", D, random_tensors(D), packing=Q4, split_kv_b=False)
+    assert convert(["run", str(folder / "hub"), str(folder / "out")]) == 0
     return folder
 
 
@@ -83,6 +84,71 @@ def test_more_layers_than_tensors(folder, capsys, name, value):
     )
     error = refusal(capsys, load, folder / "mlx")
     assert f"`{name}` = `{value}`" in error
+
+
+NUMBERS = {
+    **{name: 0 for name in ("n_group", "moe_layer_freq", "qk_nope_head_dim", "rope_theta")},
+    **{name: -1 for name in ("num_experts_per_tok", "rms_norm_eps", "routed_scaling_factor")},
+    **{name: 0 for name in ("vocab_size", "num_attention_heads", "kv_lora_rank", "v_head_dim")},
+    "max_position_embeddings": -5,
+    "qk_rope_head_dim": 3,
+    "bos_token_id": 10**6,
+    "eos_token_id": [[1]],
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_that_no_model_has(folder, capsys, name):
+    """Zeros divided, negative numbers of experts were accepted."""
+    for where in ("hub", "mlx"):
+        edit(folder / where / "config.json", **{name: NUMBERS[name]})
+    words = f"config.json has `{name}` = `{NUMBERS[name]}`; "
+    assert words in refusal(capsys, convert, "plan", folder / "hub")
+    assert words in refusal(capsys, chat.main, folder / "mlx", "--plan")
+
+
+TEXTS = {  # in front of what a good file holds
+    '"x": NaN': "holds `NaN`, which is not JSON",
+    '"x": 1e999': "holds the number `1e999`",
+    '"x": ' + "9" * 5000: "holds a number of 5,000 digits",
+    '"x": ' + "[" * 900 + "]" * 900: "more than 32 deep",
+    '"x": ' + "[" * 10**5: "more than 32 deep",
+    '"x": [' + "[]," * 10**6 + "[]]": "more than 500,000 values",
+    '"x": 1, "x": 2': "names `x` twice",
+    '"x": "\\udc00"': "is not UTF-8",
+}
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+@pytest.mark.parametrize("file", ["config.json", INDEX])
+def test_texts_that_no_model_has(folder, capsys, file, text):
+    """The same reader for every file: a program that prints or writes one must not fail at it."""
+    for where in ("hub", "mlx"):
+        path = folder / where / file
+        path.write_text(path.read_text().replace("{", "{" + text + ",", 1))
+    for main, argv in (
+        (convert, ["plan", folder / "hub"]),
+        (chat.main, [folder / "mlx", "--plan"]),
+    ):
+        error = refusal(capsys, main, *argv)
+        assert f"{file}` " in error and TEXTS[text] in error
+
+
+MANIFESTS = [
+    *({"files": files} for files in ([], {"/etc/passwd": {"bytes": 1, "sha256": "0"}}, {"x": 1})),
+    *({"roles": roles} for roles in ([], {"head": {}}, {"head": {"bytes": "1"}})),
+    *({name: None} for name in ("source", "recipe", "layout", "plan", "device", "digest")),
+    {"format": 2},
+    {"recipe": {"name": ["q4"]}},
+]
+
+
+@pytest.mark.parametrize("change", MANIFESTS, ids=str)
+def test_a_manifest_that_no_conversion_writes(folder, capsys, change):
+    """Missing keys were tracebacks, and a name like `/etc/passwd` was opened."""
+    edit(folder / "out" / "conversion.json", **change)
+    error = refusal(capsys, convert, "verify", folder / "out")
+    assert f"conversion.json` has `{min(change)}" in error
 
 
 def test_what_is_no_file(folder, capsys):
