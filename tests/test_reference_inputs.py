@@ -14,8 +14,9 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from mlx_dsv3.errors import run_main
+from mlx_dsv3.errors import UserError, run_main
 from mlx_dsv3.reference import generate, record
+from mlx_dsv3.reference.model import Args
 
 CONFIG = tiny.A | {"num_hidden_layers": 2}
 SHARD = "model-00001-of-000003.safetensors"
@@ -254,6 +255,12 @@ def test_a_config_of_no_model(refused, source, name):
         change(source / "config.json", **{name: value})
         refused("--arithmetic", "bf16")
         change(source / "config.json", **config)
+
+
+def test_rope_turns_pairs():
+    """A checkpoint of an odd rope width, whole in itself, was an error of shapes in the middle."""
+    with pytest.raises(UserError, match="`qk_rope_head_dim` = `15`; rope turns pairs"):
+        Args.from_dict(CONFIG | {"qk_rope_head_dim": 15})
 
 
 def test_a_tensor_too_many(refused, source):

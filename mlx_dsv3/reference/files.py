@@ -178,7 +178,7 @@ def written(path: Path, partial: Path | None = None) -> Iterator[BinaryIO]:
     """
     partial = partial or path.with_name(path.name + ".tmp")
     try:
-        with open(partial, "wb") as file:
+        with open(partial, "wb", opener=without_waiting) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -188,6 +188,11 @@ def written(path: Path, partial: Path | None = None) -> Iterator[BinaryIO]:
         if error.filename is None:  # a full disk has no name otherwise
             error.filename = str(partial)
         raise
+
+
+def without_waiting(path: str, flags: int) -> int:
+    """Open a file to write; a pipe in its place is an error, and not a wait for its reader."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)
 
 
 def sync_folder(folder: Path) -> None:

@@ -23,6 +23,7 @@ from mlx_dsv3.reference.files import (
     read_header,
     read_object,
     sync_folder,
+    without_waiting,
     written,
 )
 
@@ -48,7 +49,7 @@ class WorkFolder:
         if os.path.lexists(self.out) and not self.path.exists():
             raise self._exists()
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / LOCK, "w")
+        self._lock = open(self.path / LOCK, "w", opener=without_waiting)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

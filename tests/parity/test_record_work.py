@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import stat
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -145,15 +146,32 @@ def test_states_of_something_else(begun, capsys, found):
     assert f"error: `{file}` is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["lock", "settings.json", "settings.json.tmp"])
+def test_a_pipe_in_the_folder(argv, capsys, name):
+    """Opened to write, it waits for a reader that never comes."""
+    partial_of(argv).mkdir()
+    os.mkfifo(partial_of(argv) / name)
+    if name != "lock":
+        assert status(argv) == 0
+        return
+    assert status(argv) == 2
+    assert "golden.partial/lock` cannot be used: " in capsys.readouterr().err
+
+
 def test_settings_reach_the_disk_before_a_layer(argv, monkeypatch):
     """Renamed without a sync, an empty file can take a name when the power fails."""
     events, sync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda file: events.append("sync") or sync(file))
+
+    def synced(file):
+        events.append("folder" if stat.S_ISDIR(os.fstat(file).st_mode) else "file")
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "replace", lambda *paths: events.append("rename") or replace(*paths))
     assert status(argv) == 0
     renames = [i for i, event in enumerate(events) if event == "rename"]
     assert len(renames) == 5  # settings, layer, states, head, golden
-    assert all(events[i - 1] == events[i + 1] == "sync" for i in renames)
+    assert all(events[i - 1 : i + 2] == ["file", "rename", "folder"] for i in renames)
 
 
 def test_leftovers_of_another_recording_are_no_part(begun):
