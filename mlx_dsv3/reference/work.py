@@ -28,7 +28,7 @@ from mlx_dsv3.reference.files import (
 )
 
 SETTINGS, STATES, LOCK, JOINED = "settings.json", "states.safetensors", "lock", "joined"
-OURS = (f"{STATES}*", "step-*.safetensors*", JOINED, f"{SETTINGS}.tmp")  # in order of removal
+OURS = (f"{STATES}*", "step-*.safetensors*", JOINED, f"{SETTINGS}.tmp", SETTINGS)
 
 
 class WorkFolder:
@@ -69,7 +69,6 @@ class WorkFolder:
         self.steps = [self.path / name for name in (*names, "step-head.safetensors")]
         found = self._settings()
         if found is None:
-            self._clear()
             with written(self.path / SETTINGS) as file:
                 file.write(json.dumps(settings, indent=2).encode())
             sync_folder(self.path.parent)
@@ -83,11 +82,9 @@ class WorkFolder:
 
     def _settings(self) -> dict | None:
         """Return the settings of what is there; None for nothing, or nothing of worth."""
-        if not (self.path / SETTINGS).exists():
-            return None
         try:
             return read_object(self.path / SETTINGS)
-        except UserError:  # cut short when the power failed, by a version that did not sync
+        except UserError:  # absent, or cut short by a power cut under a version that did not sync
             if (self.path / STATES).exists():
                 raise self.damaged(SETTINGS) from None
             return None
@@ -165,17 +162,16 @@ class WorkFolder:
         return True
 
     def remove(self) -> None:
-        self._clear()
-        for name in (SETTINGS, LOCK):
-            (self.path / name).unlink(missing_ok=True)
-        with suppress(OSError):  # another recording waits at the door: it will find the file
-            self.path.rmdir()
-
-    def _clear(self) -> None:
-        """Remove all that recordings write here but settings and lock, the states first."""
+        """Remove what recordings write here, the states first and the settings last."""
         for pattern in OURS:
             for file in self.path.glob(pattern):
                 file.unlink()
+        self._remove_lock()
+
+    def _remove_lock(self) -> None:
+        (self.path / LOCK).unlink(missing_ok=True)
+        with suppress(OSError):  # something of others, or a recording that waits at the door
+            self.path.rmdir()
 
     def close(self) -> None:
         """Give the lock back; the work stays for the next run."""
@@ -183,6 +179,6 @@ class WorkFolder:
             return
         try:
             if self.path.exists() and not (self.path / SETTINGS).exists():
-                self.remove()
+                self._remove_lock()
         finally:
             self._lock.close()
