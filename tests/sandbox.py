@@ -78,6 +78,8 @@ class Sandbox:
         if word in links:
             path.parent.mkdir(exist_ok=True)
             path.symlink_to(links[word])
+        elif word == "TRACE":
+            path.write_text("[1, [[0, 1], [1, 2]]]\n[2, [[3, 4], [4, 5]]]\n", encoding="utf-8")
         elif word in ("FILE", "TEXT", "text.txt"):
             path.symlink_to(ROOT / "tests/golden/chat.txt")
         elif word == "FOLDER":  # converted elsewhere, without the MTP module

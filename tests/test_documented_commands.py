@@ -66,6 +66,7 @@ def is_bash(sandbox: Sandbox, command: str) -> tuple[int, str]:
     return sandbox.in_shell(f"bash -n {command}")
 
 
+SLOW = "takes a minute: the slow lane runs it"
 # Commands that are not run as written: how far they are taken instead, and why. A star at the end
 # stands for whatever follows.
 LIMITS = {
@@ -79,7 +80,7 @@ LIMITS = {
     (dry_run, "installs Triton"): ["make triton"],
     (dry_run, "needs an NVIDIA GPU"): ["make cuda"],
     (dry_run, "looks at the whole tree, or changes it"): ["make format", "make lint"],
-    (dry_run, "takes half a minute"): ["make parity"],
+    (dry_run, SLOW): ["make parity"],
     (is_bash, "takes 25 minutes"): [".ci/run"],
     (is_known, "installs packages"): ["pip install *"],
     (has_help, "is the name of a program here"): [
@@ -103,13 +104,17 @@ LIMITS = {
     (parsed, "needs matplotlib, which the tests do not"): [
         "python -m mlx_dsv3.parity MODEL GOLDEN [--teacher-forced] [--json] [--plot FILE.png]"
     ],
-    (parsed, "takes half a minute; test_docs.py compares its table"): [
-        "python benchmarks/which_mac.py*"
-    ],
-    (parsed, "takes minutes"): [
+    (parsed, SLOW): [
         "python -m demo.corpus --conversations 200000",
         "python -m demo.evaluate",
         "python -m demo.evaluate --bits 4",
+        "python benchmarks/bench_decode.py build/demo-q4",
+        "python benchmarks/bench_routing.py --predict MODEL --text FILE",
+        "python benchmarks/bench_routing.py --replay TRACE [--slots N ...]",
+        "python benchmarks/which_mac.py",
+        "python benchmarks/which_mac.py [--bandwidth GB/s] [--context N]",
+    ],
+    (parsed, "takes minutes"): [
         "python -m demo.train --minutes 36 --seed 0",
         "python tests/demo_model/identical.py FOLDER*",
         "python benchmarks/bench_*",
@@ -171,6 +176,15 @@ def test_pages(page, fresh):
     """The commands of a page, in their order: the folder that one writes is the next one's."""
     failed = complaints(fresh(), DOCUMENTS[page])
     assert not failed, "\n".join(failed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [*LIMITS[dry_run, SLOW], *LIMITS[parsed, SLOW]])
+def test_slow_commands(command, fresh):
+    sandbox = fresh()
+    for line in spelled_out(command):
+        status, said = sandbox.run(line)
+        assert status == 0, said
 
 
 @pytest.mark.slow
