@@ -1,6 +1,7 @@
 """Fixtures with MLX: random models on both sides, and the demo checkpoint, converted once."""
 
 import json
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -124,3 +125,23 @@ def no_loading(monkeypatch):
     """Fail where parity loads weights: what can be refused is refused before."""
     name = "mlx_dsv3.parity.__main__.load_model"
     monkeypatch.setattr(name, lambda *_, **__: pytest.fail("it loads"))
+
+
+@pytest.fixture(scope="session")
+def good_folders(tmp_path_factory) -> Path:
+    """Return a checkpoint and its conversion, an MLX folder, and an older one that is packed."""
+    packing = {"bits": 4, "group_size": 32, "mode": "affine"}
+    folder = tmp_path_factory.mktemp("made")
+    tiny.write_hub(folder / "hub", tiny.A)
+    write_mlx(folder / "mlx", tiny.A, tiny.random_tensors(tiny.A))
+    write_mlx(
+        folder / "packed", tiny.D, tiny.random_tensors(tiny.D), packing=packing, split_kv_b=False
+    )
+    assert convert(["run", str(folder / "hub"), str(folder / "out")]) == 0
+    return folder
+
+
+@pytest.fixture
+def folders(good_folders, tmp_path) -> Path:
+    """Return a copy of those, to be damaged."""
+    return shutil.copytree(good_folders, tmp_path / "made")

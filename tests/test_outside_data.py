@@ -1,20 +1,18 @@
 """What strangers hand over, through the programs: one sentence, status 2, at once.
 
-Folders whose config.json, index or shards are not what they should be, and answers of servers
-that are not the hub. The readers themselves have test_json_files, test_headers and test_config.
+Folders whose config.json, index or shards are not what they should be. The readers themselves have
+test_json_files, test_headers and test_config; a hub's answers have test_hub_answers.
 """
 
 import json
 import os
-import shutil
 import struct
-import time
 from pathlib import Path
 
 import pytest
-from hub_server import COMMIT, REPO, Hub, describe, know_only, serve
 from mlx_folder import write_mlx
-from tiny import A, D, random_tensors, write_hub
+from refusal import edit, refusal
+from tiny import D, random_tensors
 
 import chat
 from convert.__main__ import main as convert
@@ -26,63 +24,32 @@ INDEX = "model.safetensors.index.json"
 Q4 = {"bits": 4, "group_size": 32, "mode": "affine"}
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
-    """A checkpoint and its conversion, an MLX folder, one with packed weights in the older form."""
-    folder = tmp_path_factory.mktemp("made")
-    write_hub(folder / "hub", A)
-    write_mlx(folder / "mlx", A, random_tensors(A))
-    write_mlx(folder / "packed", D, random_tensors(D), packing=Q4, split_kv_b=False)
-    assert convert(["run", str(folder / "hub"), str(folder / "out")]) == 0
-    return folder
-
-
-@pytest.fixture
-def folder(made, tmp_path) -> Path:
-    return shutil.copytree(made, tmp_path / "made")
-
-
-def refusal(capsys, main, *argv) -> str:
-    """Run a program; return the one sentence that it says, with its hint."""
-    capsys.readouterr()
-    began = time.monotonic()
-    assert run_main(lambda: main([*map(str, argv)])) == 2
-    error, _, hint = capsys.readouterr().err.partition("\n\nhint: ")
-    assert error.startswith("error: ") and "\n" not in error.strip() and hint.strip()
-    assert time.monotonic() - began < 5
-    return error
-
-
 def load(argv: list[str]) -> None:
     load_model(argv[0])
 
 
-def edit(path: Path, **values) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
 @pytest.mark.parametrize("value", [0, 3_000_000, 10**12])
 @pytest.mark.parametrize("name", ["num_hidden_layers", "n_routed_experts"])
-def test_more_layers_than_memory(folder, capsys, name, value):
+def test_more_layers_than_memory(folders, capsys, name, value):
     """Three million layers: names of all their tensors, 5.6 GB, before the first was missed."""
-    edit(folder / "hub" / "config.json", **{name: value})
-    edit(folder / "mlx" / "config.json", **{name: value})
+    edit(folders / "hub" / "config.json", **{name: value})
+    edit(folders / "mlx" / "config.json", **{name: value})
     words = f"config.json has `{name}` = `{value}`; it takes 1 to "
-    assert words in refusal(capsys, convert, "plan", folder / "hub")
-    assert words in refusal(capsys, chat.main, folder / "mlx", "--plan")
-    assert words in refusal(capsys, load, folder / "mlx")
+    assert words in refusal(capsys, convert, "plan", folders / "hub")
+    assert words in refusal(capsys, chat.main, folders / "mlx", "--plan")
+    assert words in refusal(capsys, load, folders / "mlx")
 
 
 @pytest.mark.parametrize("name, value", [("num_hidden_layers", 900), ("n_routed_experts", 4096)])
-def test_more_layers_than_tensors(folder, capsys, name, value):
+def test_more_layers_than_tensors(folders, capsys, name, value):
     """Within what a model may have, and more than this one has: 11 million names were listed."""
-    edit(folder / "hub" / "config.json", **{name: value})
-    edit(folder / "mlx" / "config.json", **{name: value})
-    error = refusal(capsys, convert, "plan", folder / "hub")
+    edit(folders / "hub" / "config.json", **{name: value})
+    edit(folders / "mlx" / "config.json", **{name: value})
+    error = refusal(capsys, convert, "plan", folders / "hub")
     assert (
         f"`{name}` = `{value}`" in error or "has shape [16, 64]; config.json says [4096, " in error
     )
-    error = refusal(capsys, load, folder / "mlx")
+    error = refusal(capsys, load, folders / "mlx")
     assert f"`{name}` = `{value}`" in error
 
 
@@ -98,13 +65,13 @@ NUMBERS = {
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_numbers_that_no_model_has(folder, capsys, name):
+def test_numbers_that_no_model_has(folders, capsys, name):
     """Zeros divided, negative numbers of experts were accepted."""
     for where in ("hub", "mlx"):
-        edit(folder / where / "config.json", **{name: NUMBERS[name]})
+        edit(folders / where / "config.json", **{name: NUMBERS[name]})
     words = f"config.json has `{name}` = `{NUMBERS[name]}`; "
-    assert words in refusal(capsys, convert, "plan", folder / "hub")
-    assert words in refusal(capsys, chat.main, folder / "mlx", "--plan")
+    assert words in refusal(capsys, convert, "plan", folders / "hub")
+    assert words in refusal(capsys, chat.main, folders / "mlx", "--plan")
 
 
 TEXTS = {  # in front of what a good file holds
@@ -121,14 +88,14 @@ TEXTS = {  # in front of what a good file holds
 
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
 @pytest.mark.parametrize("file", ["config.json", INDEX])
-def test_texts_that_no_model_has(folder, capsys, file, text):
+def test_texts_that_no_model_has(folders, capsys, file, text):
     """The same reader for every file: a program that prints or writes one must not fail at it."""
     for where in ("hub", "mlx"):
-        path = folder / where / file
+        path = folders / where / file
         path.write_text(path.read_text().replace("{", "{" + text + ",", 1))
     for main, argv in (
-        (convert, ["plan", folder / "hub"]),
-        (chat.main, [folder / "mlx", "--plan"]),
+        (convert, ["plan", folders / "hub"]),
+        (chat.main, [folders / "mlx", "--plan"]),
     ):
         error = refusal(capsys, main, *argv)
         assert f"{file}` " in error and TEXTS[text] in error
@@ -144,31 +111,31 @@ MANIFESTS = [
 
 
 @pytest.mark.parametrize("change", MANIFESTS, ids=str)
-def test_a_manifest_that_no_conversion_writes(folder, capsys, change):
+def test_a_manifest_that_no_conversion_writes(folders, capsys, change):
     """Missing keys were tracebacks, and a name like `/etc/passwd` was opened."""
-    edit(folder / "out" / "conversion.json", **change)
-    error = refusal(capsys, convert, "verify", folder / "out")
+    edit(folders / "out" / "conversion.json", **change)
+    error = refusal(capsys, convert, "verify", folders / "out")
     assert f"conversion.json` has `{min(change)}" in error
 
 
-def test_what_is_no_file(folder, capsys):
+def test_what_is_no_file(folders, capsys):
     """A pipe was waited for without end, a folder was a traceback."""
     for name in ("config.json", INDEX, "model-trunk-00001.safetensors", "mtp.safetensors"):
-        path = folder / "mlx" / name
-        path.rename(folder / "kept")
+        path = folders / "mlx" / name
+        path.rename(folders / "kept")
         for make in (os.mkfifo, os.mkdir):
             make(path)
-            assert f"{name}` is not a file" in refusal(capsys, chat.main, folder / "mlx", "--plan")
+            assert f"{name}` is not a file" in refusal(capsys, chat.main, folders / "mlx", "--plan")
             path.rmdir() if path.is_dir() else path.unlink()
-        (folder / "kept").rename(path)
-    for path in (min((folder / "hub").glob("*.safetensors")), folder / "hub" / "config.json"):
+        (folders / "kept").rename(path)
+    for path in (min((folders / "hub").glob("*.safetensors")), folders / "hub" / "config.json"):
         path.unlink()
         os.mkfifo(path)
-        assert path.name in refusal(capsys, convert, "plan", folder / "hub")
+        assert path.name in refusal(capsys, convert, "plan", folders / "hub")
 
 
 @pytest.mark.parametrize("file", ["config.json", INDEX, "mtp.safetensors"])
-def test_what_may_not_be_read(folder, capsys, monkeypatch, file):
+def test_what_may_not_be_read(folders, capsys, monkeypatch, file):
     """The system's refusal names the file; root may read everything, so it is played."""
 
     def refuse(path, *args, **options):
@@ -178,7 +145,7 @@ def test_what_may_not_be_read(folder, capsys, monkeypatch, file):
 
     opened = open
     monkeypatch.setattr("builtins.open", refuse)
-    error = refusal(capsys, chat.main, folder / "mlx", "--plan")
+    error = refusal(capsys, chat.main, folders / "mlx", "--plan")
     assert f"{file}` cannot be used: permission denied" in error
 
 
@@ -209,23 +176,23 @@ TRUNK = {
 
 
 @pytest.mark.parametrize("case", TRUNK)
-def test_a_trunk_that_mlx_does_not_take(folder, capsys, case):
+def test_a_trunk_that_mlx_does_not_take(folders, capsys, case):
     """All bytes are accounted for, and MLX's own words were a traceback, or tokens of nonsense."""
     where, name, entry = TRUNK[case]
 
     def change(entries):
         entries[name] |= entry
 
-    rewrite_header(folder / where / "model-trunk-00001.safetensors", change)
-    error = refusal(capsys, load, folder / where)
+    rewrite_header(folders / where / "model-trunk-00001.safetensors", change)
+    error = refusal(capsys, load, folders / where)
     assert f"`{name.rpartition('.')[0]}` in `" in error or f"`{KV_B}.weight` has shape" in error
 
 
-def test_rows_that_no_number_of_heads_shares(folder, capsys):
+def test_rows_that_no_number_of_heads_shares(folders, capsys):
     """384 rows for five heads were a ValueError of a reshape."""
-    edit(folder / "packed" / "config.json", num_attention_heads=5)
+    edit(folders / "packed" / "config.json", num_attention_heads=5)
     assert "kv_b_proj.weight` has shape (384, 128); config.json says (480," in refusal(
-        capsys, load, folder / "packed"
+        capsys, load, folders / "packed"
     )
 
 
@@ -237,144 +204,55 @@ def test_heads_that_cannot_be_packed(tmp_path):
 
 
 @pytest.mark.parametrize("part", ["weight", "scales", "biases"])
-def test_a_part_of_a_packed_weight_is_missing(folder, capsys, part):
+def test_a_part_of_a_packed_weight_is_missing(folders, capsys, part):
     rewrite_header(
-        folder / "packed" / "model-trunk-00001.safetensors",
+        folders / "packed" / "model-trunk-00001.safetensors",
         lambda entries: entries.update({"model.other": entries.pop(f"{LM_HEAD}.{part}")}),
     )
-    (folder / "packed" / INDEX).unlink()
-    assert f"`{LM_HEAD}` in `" in refusal(capsys, load, folder / "packed")
+    (folders / "packed" / INDEX).unlink()
+    assert f"`{LM_HEAD}` in `" in refusal(capsys, load, folders / "packed")
 
 
 @pytest.mark.parametrize("about", [3, {"a": 1}, {"a": None}, [1]])
-def test_metadata_that_mlx_does_not_take(folder, capsys, about):
+def test_metadata_that_mlx_does_not_take(folders, capsys, about):
     """MLX reads the header again, and its parser's words were a traceback."""
-    path = folder / "mlx" / "model-trunk-00001.safetensors"
+    path = folders / "mlx" / "model-trunk-00001.safetensors"
     rewrite_header(path, lambda entries: entries.update(__metadata__=about))
-    assert "`__metadata__` in" in refusal(capsys, load, folder / "mlx")
+    assert "`__metadata__` in" in refusal(capsys, load, folders / "mlx")
 
 
 @pytest.mark.parametrize("file", ["x.gguf", "x", "model.bin", "sub/model.safetensors", ".."])
-def test_an_index_of_other_files(folder, capsys, file):
+def test_an_index_of_other_files(folders, capsys, file):
     """MLX knows a file's kind by its name, and a subfolder's files were said to be missing."""
-    weight_map = json.loads((folder / "mlx" / INDEX).read_text())["weight_map"]
+    weight_map = json.loads((folders / "mlx" / INDEX).read_text())["weight_map"]
     for where, main in (("mlx", chat.main), ("hub", convert)):
         changed = dict.fromkeys(weight_map, file)
-        edit(folder / where / INDEX, weight_map=changed)
-        argv = [folder / where, "--plan"] if where == "mlx" else ["plan", folder / where]
+        edit(folders / where / INDEX, weight_map=changed)
+        argv = [folders / where, "--plan"] if where == "mlx" else ["plan", folders / where]
         error = refusal(capsys, main, *argv)
         assert f"into `{file}`, which is not a safetensors file beside it" in error
 
 
-def test_weights_in_a_subfolder(folder, capsys):
+def test_weights_in_a_subfolder(folders, capsys):
     """Said to be missing, although they are there."""
-    (folder / "mlx" / "sub").mkdir()
-    (folder / "mlx" / INDEX).unlink()
-    for path in (folder / "mlx").glob("model*.safetensors"):
+    (folders / "mlx" / "sub").mkdir()
+    (folders / "mlx" / INDEX).unlink()
+    for path in (folders / "mlx").glob("model*.safetensors"):
         path.rename(path.parent / "sub" / path.name)
-    assert run_main(lambda: chat.main([str(folder / "mlx"), "--plan"])) == 2
+    assert run_main(lambda: chat.main([str(folders / "mlx"), "--plan"])) == 2
     error = capsys.readouterr().err
     assert "has no weights" in error and "sub/model-" in error
-    assert run_main(lambda: chat.main([str(folder), "--plan"])) == 2
+    assert run_main(lambda: chat.main([str(folders), "--plan"])) == 2
     error = capsys.readouterr().err
-    assert "has no config.json" in error and f"hint: `{folder / 'hub'}` has one" in error
+    assert "has no config.json" in error and f"hint: `{folders / 'hub'}` has one" in error
 
 
-def test_headers_of_all_files_are_bounded(folder, capsys, monkeypatch):
+def test_headers_of_all_files_are_bounded(folders, capsys, monkeypatch):
     """Each header may be good and small, and all of them more than fits into memory."""
     monkeypatch.setattr(headers, "MAX_HEADERS_BYTES", 30_000)
-    assert "more than 30,000 bytes" in refusal(capsys, convert, "plan", folder / "hub")
+    assert "more than 30,000 bytes" in refusal(capsys, convert, "plan", folders / "hub")
     monkeypatch.setattr(headers, "MAX_TENSORS", 100)
     for where, main in (("mlx", chat.main), ("hub", convert)):
-        argv = [folder / where, "--plan"] if where == "mlx" else ["plan", folder / where]
+        argv = [folders / where, "--plan"] if where == "mlx" else ["plan", folders / where]
         monkeypatch.setattr(headers, "MAX_HEADERS_BYTES", 64 << 20)
         assert " tensors" in refusal(capsys, main, *argv)
-
-
-@pytest.fixture
-def server(folder, tmp_path, monkeypatch):
-    with serve(folder / "mlx") as server:
-        know_only(server, tmp_path, monkeypatch)
-        yield server
-
-
-ANSWERS = {
-    "a page": (b"<html>log in</html>", "is not the hub"),
-    "nothing": (b"", "is not the hub"),
-    "a list": (b"[]", "is not the hub"),
-    "an object": (b"{}", "is not the hub"),
-    "no files": ({"siblings": None}, "has no config.json"),
-    "files without sizes": ({"siblings": [{"rfilename": "x.safetensors"}]}, "tells no size of `x"),
-    "files without names": ({"siblings": [{"size": 3}]}, "is not the hub"),
-    "files that are words": ({"siblings": ["config.json"]}, "is not the hub"),
-    "sizes that are words": (
-        {"siblings": [{"rfilename": "config.json", "size": "7"}]},
-        "tells no size of `config.json`",
-    ),
-    "a huge file": (
-        {"siblings": [{"rfilename": "config.json", "size": 10**12}]},
-        "`config.json` in `somebody/tiny-v3` has 1000.0 GB",
-    ),
-    "no commit": ({"sha": None}, "or no commit"),
-    "a commit that leaves the cache": ({"sha": "../../../x"}, "or no commit"),
-    "no shards": ({"siblings": [{"rfilename": "config.json", "size": 7}]}, "no "),
-    "files outside": (
-        {"siblings": [{"rfilename": n, "size": 7} for n in ("../config.json", "..", "a\0b")]},
-        "has no config.json",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", ANSWERS)
-def test_what_is_not_the_hub(server: Hub, capsys, case):
-    """A login page, a mirror that leaves sizes out: each was a traceback."""
-    server.about, words = ANSWERS[case]
-    for main, argv in ((chat.main, [REPO, "--plan"]), (convert, ["plan", REPO])):
-        error = refusal(capsys, main, *argv)
-        assert words in error and REPO in error
-
-
-def test_files_that_lead_out_of_a_repository(server: Hub, folder, capsys):
-    """They match `*.json` as well; nothing asks for them."""
-    outside = [{"rfilename": name, "size": 7} for name in ("../x.json", "sub/x.json", "a\\x.json")]
-    server.about = {"siblings": describe(folder / "mlx")["siblings"] + outside}
-    assert run_main(lambda: chat.main([REPO, "--plan"])) == 0
-    assert not any("x.json" in path for _, path, _ in server.requests if "index" not in path)
-
-
-def test_headers_of_a_repository_are_bounded(server: Hub, capsys, monkeypatch):
-    """Eight requests at once, and all that they bring is held until it is parsed."""
-    monkeypatch.setattr(headers, "MAX_HEADERS_BYTES", 10_000)
-    assert f"the headers of `{REPO}` have more than 10,000" in refusal(
-        capsys, chat.main, REPO, "--plan"
-    )
-
-
-@pytest.mark.parametrize("status", [301, 400, 404, 410, 503])
-def test_a_hub_that_refuses(server: Hub, capsys, status):
-    """Redirects that lead to themselves, and statuses that no protocol foresees."""
-    server.closed = status
-    assert REPO in refusal(capsys, chat.main, REPO, "--plan") or status in (400, 410)
-
-
-def test_weights_in_a_subfolder_of_a_repository(server: Hub, folder, capsys):
-    """The names of the files matched `model*.safetensors`, and a KeyError ended the program."""
-    inner = folder / "repository" / "models"
-    shutil.copytree(folder / "mlx", inner)
-    (inner / INDEX).unlink()
-    shutil.copy(inner / "config.json", folder / "repository")
-    server.commits[COMMIT] = folder / "repository"
-    assert run_main(lambda: chat.main([REPO, "--plan"])) == 2
-    error = capsys.readouterr().err
-    assert f"`{REPO}` has no weights" in error and "there is `models/m" in error
-    (folder / "repository" / "config.json").unlink()
-    assert run_main(lambda: chat.main([REPO, "--plan"])) == 2
-    error = capsys.readouterr().err
-    assert f"`{REPO}` has no config.json" in error and "it has `models/config.json`" in error
-
-
-def test_a_page_instead_of_a_shard(server: Hub, folder, capsys):
-    """A proxy that answers everything: a header is checked whoever sends it."""
-    shard = folder / "mlx" / "model-trunk-00001.safetensors"
-    shard.write_bytes(b"<html>" + b"x" * 5000)
-    assert "is truncated or not a safetensors file" in refusal(capsys, chat.main, REPO, "--plan")
