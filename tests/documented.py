@@ -47,8 +47,8 @@ def in_text(text: str) -> Iterator[str]:
     for language, block, line, inline in SHOWN.findall(text):
         if block and not language:
             yield from in_block(block.splitlines())
-        elif COMMAND.match(inline):
-            yield " ".join(inline.split())
+        elif COMMAND.match(words := " ".join(inline.split())):
+            yield words
         elif COMMAND.match(line):
             yield from in_block([line])
 
@@ -85,8 +85,8 @@ def in_code(source: str) -> Iterator[str]:
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             text = node.value if id(node) not in parts else None
         for inline in re.findall(INLINE, text or ""):
-            if COMMAND.match(inline):
-                yield " ".join(inline.split())
+            if COMMAND.match(words := " ".join(inline.split())):
+                yield words
 
 
 def spelled_out(command: str) -> list[str]:

@@ -212,8 +212,8 @@ def test_no_limit_outlives_its_command():
     assert not unused
 
 
-PAGE = """A page: `make`, `python` and `source` are words, `make demo` and `python chat.py
---help` are commands.
+PAGE = """A page: `make`, `python` and `source` are words, `make demo` and `python
+chat.py --help` are commands.
 
 ```
 $ make test   # not `make slow`
