@@ -27,8 +27,11 @@ def read_json(path: Path, most_bytes: int = MOST_BYTES, hint: str = AGAIN) -> di
     return parse_json(read_text(path, most_bytes), f"`{path}`", hint)
 
 
-def parse_json(text: str | bytes, name: str, hint: str = AGAIN) -> dict:
-    """Return the object of a JSON text (bytes are UTF-8); `name` is what messages call it."""
+def parse_json(text: str | bytes, name: str, hint: str = AGAIN, kind: type = dict) -> dict | list:
+    """Return the object, or the list, of a JSON text; `name` is what messages call it.
+
+    Bytes are UTF-8.
+    """
 
     def refuse(why: str):
         raise UserError(f"{name} {why}", hint)
@@ -66,8 +69,8 @@ def parse_json(text: str | bytes, name: str, hint: str = AGAIN) -> dict:
         refuse(f"is not UTF-8: {error.reason}")
     except ValueError as error:
         refuse(f"is not JSON: {error}")
-    if not isinstance(value, dict):
-        refuse(f"holds a {type(value).__name__}, not an object")
+    if not isinstance(value, kind):
+        refuse(f"holds a {type(value).__name__}, not {'an object' if kind is dict else 'a list'}")
     if not _is_flat(value):
         refuse(DEEP)
     return value
@@ -77,7 +80,7 @@ LONG = "holds a number of {:,} digits"
 DEEP = f"has lists or objects within each other, more than {MOST_LEVELS} deep"
 
 
-def _is_flat(value: dict) -> bool:
+def _is_flat(value: dict | list) -> bool:
     """Say whether nothing lies too deep for functions that recurse, as those that print do."""
     level = [value]
     for _ in range(MOST_LEVELS):

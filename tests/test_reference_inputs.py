@@ -376,9 +376,9 @@ PROMPTS = {
     "[true, true, true]": "is not a list of token ids",
     "[1.0, 2.0, 3.0]": "is not a list of token ids",
     '["a", "b", "c"]': "is not a list of token ids",
-    '{"a": 1, "b": 2, "c": 3}': "is not a list of token ids",
-    "5": "is not a list of token ids",
-    "null": "is not a list of token ids",
+    '{"a": 1, "b": 2, "c": 3}': "holds a dict, not a list",
+    "5": "holds a int, not a list",
+    "null": "holds a NoneType, not a list",
     "[1, 2": "is not JSON",
     "": "is not JSON",
     "\udcff": "is not text in UTF-8",
@@ -412,7 +412,8 @@ def test_prompts_are_read_before_a_checkpoint_is_fetched(refused, tmp_path, monk
     from mlx_dsv3.reference import source
 
     monkeypatch.setattr(source, "resolve", lambda _: pytest.fail("it fetches"))
-    assert "`absent.txt` is not a file" in refused(programs=[record], file="absent.txt")
+    said = refused(programs=[record], file="absent.txt")
+    assert "`absent.txt` cannot be used: no such file" in said
     assert "does not work on `cpu`" in refused("--matmul", "scaled_mm")
 
 

@@ -8,7 +8,7 @@ no line with this one: a mistake in one reading shows as a difference between th
 from dataclasses import MISSING, dataclass, fields
 
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.reference.files import shown
+from mlx_dsv3.json_files import brief
 
 # What `model.py` computes without asking; a config that says otherwise is refused. Null is absent.
 FIXED = {
@@ -144,7 +144,7 @@ class Args:
 
 def refuse(name: str, value, why: str) -> None:
     """Raise `UserError` for the value of a field."""
-    raise UserError(f"config.json has `{name}` = `{shown(value)}`; {why}", HINT)
+    raise UserError(f"config.json has `{name}` = `{brief(value)}`; {why}", HINT)
 
 
 def refuse_unknown(config: dict, where: str, rope: dict) -> None:

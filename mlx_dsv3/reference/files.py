@@ -5,23 +5,18 @@ tensors must fill it: a download cut short, or a header that lies, is found befo
 computed with. `mlx_dsv3/checkpoint/headers.py` has its own reader of the same format.
 """
 
-import json
 import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from reprlib import Repr
 from typing import BinaryIO, NamedTuple
 
 import torch
 
-from mlx_dsv3.errors import UserError, read_text
+from mlx_dsv3.errors import UserError
+from mlx_dsv3.json_files import AGAIN, brief, parse_json
 
-AGAIN = "fetch the file again; a download that stopped half-way looks like this"
-# The index of Kimi-K2 has 207,000 values. Values are counted before they are made: a text of a
-# megabyte may hold 300,000 empty lists, which take 27 megabytes.
-MOST_VALUES = 500_000
 MAX_HEADER_BYTES = 16 << 20  # V3's shards have 100 KB
 MAX_DIMENSION = (1 << 31) - 1
 DTYPES = {
@@ -43,9 +38,6 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 
-_short = Repr()
-_short.maxother = _short.maxlong = 40
-
 
 class Entry(NamedTuple):
     """Where a tensor lies in its file."""
@@ -65,30 +57,6 @@ class Header(NamedTuple):
     metadata: dict
 
 
-def shown(value) -> str:
-    """Return a value of a JSON file as a sentence shows it; a long one is cut short."""
-    return value[:100] if isinstance(value, str) else _short.repr(value)
-
-
-def parse_json(text: str, path: Path):
-    """Return the value of a JSON text; raise `UserError` with the name of its file."""
-    if sum(text.count(character) for character in "[{,") > MOST_VALUES:
-        raise UserError(f"`{path}` holds more than {MOST_VALUES:,} values", AGAIN)
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        why = "" if isinstance(error, RecursionError) else f": {error}"
-        raise UserError(f"`{path}` is not JSON{why}", AGAIN) from None
-
-
-def read_object(path: Path) -> dict:
-    """Return the object that a JSON file holds."""
-    value = parse_json(read_text(path), path)
-    if not isinstance(value, dict):
-        raise UserError(f"`{path}` holds no JSON object", AGAIN)
-    return value
-
-
 def read_header(path: Path) -> Header:
     """Return the header of a safetensors file; raise `UserError` unless its tensors fill it."""
     if not path.is_file():  # a pipe would wait for ever
@@ -100,13 +68,10 @@ def read_header(path: Path) -> Header:
         if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
             raise UserError(f"`{path}` is cut off within its header, or has none", AGAIN)
         raw = file.read(length)
-    try:
-        header = parse_json(raw.decode(), path)
-    except UnicodeDecodeError:
-        header = None
-    if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
-        raise UserError(f"`{path}` has no safetensors header", AGAIN)
+    header = parse_json(raw, f"the safetensors header of `{path}`")
     metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise UserError(f"`{path}` has no safetensors header", AGAIN)
     entries = {name: _entry(path, name, 8 + len(raw), info) for name, info in header.items()}
     _check_layout(path, 8 + len(raw), size, entries)
     return Header(raw, entries, metadata)
@@ -118,15 +83,15 @@ def _entry(path: Path, name: str, data_start: int, info) -> Entry:
     word, shape, offsets = info.get("dtype"), info.get("shape"), info.get("data_offsets")
     dtype = DTYPES.get(word) if isinstance(word, str) else None
     if dtype is None:
-        raise UserError(f"`{shown(name)}` in `{path}` has the unknown dtype `{shown(word)}`", AGAIN)
+        raise UserError(f"`{brief(name)}` in `{path}` has the unknown dtype `{brief(word)}`", AGAIN)
     if not _are_sizes(shape, MAX_DIMENSION) or len(shape) > 8:
-        raise UserError(f"`{shown(name)}` in `{path}` has a damaged shape", AGAIN)
+        raise UserError(f"`{brief(name)}` in `{path}` has a damaged shape", AGAIN)
     if not _are_sizes(offsets, 1 << 62) or len(offsets) != 2:
-        raise UserError(f"`{shown(name)}` in `{path}` has damaged offsets", AGAIN)
+        raise UserError(f"`{brief(name)}` in `{path}` has damaged offsets", AGAIN)
     begin, end = offsets
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise UserError(
-            f"`{shown(name)}` in `{path}` has {end - begin:,} bytes, which is not the size of "
+            f"`{brief(name)}` in `{path}` has {end - begin:,} bytes, which is not the size of "
             f"{word} {shape}",
             AGAIN,
         )
@@ -142,7 +107,7 @@ def _check_layout(path: Path, place: int, size: int, entries: dict[str, Entry]) 
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].nbytes)):
         if entry.start != place:
             raise UserError(
-                f"`{shown(name)}` in `{path}` begins at byte {entry.start:,}; "
+                f"`{brief(name)}` in `{path}` begins at byte {entry.start:,}; "
                 f"the tensor before it ends at byte {place:,}",
                 AGAIN,
             )

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from mlx_dsv3.reference.files import DTYPES, Entry, read_header, written
+from mlx_dsv3.reference.files import DTYPES, read_header, written
 from mlx_dsv3.reference.stream import HeadStatistics, LayerStates
 
 FORMAT = 1
@@ -97,11 +97,6 @@ def join_files(parts: list[Path], out: Path, metadata: dict[str, str], partial: 
             with open(entry.path, "rb") as source:
                 source.seek(entry.start)
                 copy_bytes(source, file, entry.nbytes)
-
-
-def in_order(entries: dict[str, Entry]) -> list[tuple[str, Entry]]:
-    """Return the tensors of a file as they lie in it."""
-    return sorted(entries.items(), key=lambda item: item[1].start)
 
 
 def copy_bytes(source, target, nbytes: int) -> None:

@@ -13,23 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from mlx_dsv3.errors import UserError
+from mlx_dsv3.json_files import AGAIN, MOST_VALUES, brief, read_json
 from mlx_dsv3.reference.args import Args, block_size
-from mlx_dsv3.reference.files import (
-    AGAIN,
-    MOST_VALUES,
-    Entry,
-    Header,
-    read_bytes,
-    read_header,
-    read_object,
-    shown,
-)
+from mlx_dsv3.reference.files import Entry, Header, read_bytes, read_header
 from mlx_dsv3.reference.fp8 import BLOCK, PLAIN, Operations
 from mlx_dsv3.reference.model import Model, is_moe_layer, make_layer
 
 SCALE_SUFFIX = "_scale_inv"
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+INDEX_BYTES = 32 << 20  # at most
 MTP_COPIES = ("embed_tokens.weight", "shared_head.head.weight")  # of the main model's
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 OTHER = "config.json and shards belong to different checkpoints; fetch both again"
@@ -51,7 +44,7 @@ class HubTensors:
             raise UserError(f"`{folder}` is not a folder", "give the folder of a hub checkpoint")
         if not (self.folder / "config.json").exists():
             raise UserError(f"`{folder}` has no config.json", "give the folder of a hub checkpoint")
-        self.config = read_object(self.folder / "config.json")
+        self.config = read_json(self.folder / "config.json")
         self.block = block_size(self.config)
         self._headers = {}
         index = self.folder / INDEX
@@ -122,13 +115,13 @@ class HubTensors:
 
 def read_index(path: Path) -> dict[str, str]:
     """Return tensor -> shard of an index; raise `UserError` unless shards are names of files."""
-    weight_map = read_object(path).get("weight_map")
+    weight_map = read_json(path, INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"`{path}` has no `weight_map`", AGAIN)
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise UserError(
-                f"`{path}` puts `{shown(name)}` into `{shown(shard)}`, which is not a file name",
+                f"`{path}` puts `{brief(name)}` into `{brief(shard)}`, which is not a file name",
                 AGAIN,
             )
     return weight_map
@@ -154,7 +147,7 @@ def check_tensors(tensors: HubTensors, args: Args) -> None:
     for name in tensors.shard_of:
         if name not in known and not name.endswith("rotary_emb.inv_freq"):
             raise UserError(
-                f"the shards hold `{shown(name)}`, which the model of config.json does not have",
+                f"the shards hold `{brief(name)}`, which the model of config.json does not have",
                 OTHER,
             )
 

@@ -23,9 +23,9 @@ with imports(__name__):
     import torch
     from torch import Tensor
 
+    from mlx_dsv3.json_files import parse_json
     from mlx_dsv3.options import Parser, whole
     from mlx_dsv3.reference import golden, source
-    from mlx_dsv3.reference.files import parse_json
     from mlx_dsv3.reference.hub import HubTensors
     from mlx_dsv3.reference.stream import TOP, Stream
     from mlx_dsv3.reference.work import STATES, WorkFolder
@@ -39,16 +39,12 @@ def read_prompt(file: Path) -> str | list[int]:
 
     Raises `UserError` for what is neither.
     """
-    if not file.is_file():
-        raise UserError(
-            f"`{file}` is not a file", "give a text file, or a `.json` list of token ids"
-        )
     text = read_text(file)
     if file.suffix != ".json":
         return text
-    ids = parse_json(text, file)
-    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-        hint = "a `.json` file is read as `[0, 40, 41]`; give a text under another name"
+    hint = "a `.json` file is read as `[0, 40, 41]`; give a text under another name"
+    ids = parse_json(text, f"`{file}`", hint, list)
+    if not all(type(i) is int for i in ids):
         raise UserError(f"`{file}` is not a list of token ids", hint)
     return ids
 

@@ -16,12 +16,12 @@ from pathlib import Path
 from torch import Tensor
 
 from mlx_dsv3.errors import UserError
+from mlx_dsv3.json_files import read_json
 from mlx_dsv3.reference import golden
 from mlx_dsv3.reference.files import (
     Header,
     read_bytes,
     read_header,
-    read_object,
     sync_folder,
     without_waiting,
     written,
@@ -83,7 +83,7 @@ class WorkFolder:
     def _settings(self) -> dict | None:
         """Return the settings of what is there; None for nothing, or nothing of worth."""
         try:
-            return read_object(self.path / SETTINGS)
+            return read_json(self.path / SETTINGS)
         except UserError:  # absent, or cut short by a power cut under a version that did not sync
             if (self.path / STATES).exists():
                 raise self.damaged(SETTINGS) from None

@@ -340,7 +340,7 @@ def test_hub_ids_and_folders(monkeypatch, tmp_path):
     ("more", "message"),
     [
         (["--arithmetic", "fp8"], "needs FP8 weights; this checkpoint has none"),
-        (["--prompt-file", "absent.txt"], "`absent.txt` is not a file"),
+        (["--prompt-file", "absent.txt"], "`absent.txt` cannot be used: no such file"),
         (["--prompt-file", "{tmp}/text.txt"], "has no tokenizer.json"),
         (["--prompt-file", "{tmp}/short.json"], "has 2 tokens; a recording needs 3"),
         (["--prompt-file", "{tmp}/beyond.json"], "holds the id 160, outside the vocabulary of 160"),
