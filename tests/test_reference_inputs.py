@@ -116,6 +116,15 @@ def test_a_tokenizer_that_panics(refused, source, prompt):
     refused(file=text)
 
 
+def test_a_tokenizer_without_words(refused, source, prompt):
+    """It was opened, and the first word that it lacks ended the program in a bare Exception."""
+    model = {"type": "WordLevel", "vocab": {}, "unk_token": "w0"}
+    (source / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
+    text = prompt.with_name("text.txt")
+    text.write_text("w1 w2 w3 w4")
+    assert "tokenizer.json` is no tokenizer: WordLevel error: Missing" in refused(file=text)
+
+
 @pytest.mark.parametrize("name", ["config.json", INDEX, "tokenizer.json", SHARD])
 @pytest.mark.parametrize("kind", ["pipe", "folder", "absent"])
 def test_what_is_no_file(refused, source, prompt, name, kind):

@@ -98,7 +98,9 @@ def open_tokenizer(folder: Path) -> Tokenizer:
         raise UserError(f"`{folder}` has no tokenizer.json", hint)
     text = read_text(file)
     try:
-        return Tokenizer.from_str(text)
+        tokenizer = Tokenizer.from_str(text)
+        tokenizer.encode("Hello", add_special_tokens=False)  # a word that it may lack
+        return tokenizer
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a bare Exception, or a panic of Rust's, which is none
