@@ -105,7 +105,7 @@ def test_a_sidecar_that_another_tool_left_out(server, home):
 @pytest.mark.parametrize(
     ("patch", "words"),
     [
-        ({"available_bytes": lambda: 10**8}, "this machine allows 0.092 GB"),
+        ({"available_bytes": lambda: 2 * 10**7}, "this machine allows 0.0184 GB"),
         ({"disk_usage": lambda path: SimpleNamespace(free=10**6)}, "has 0.001 GB free"),
     ],
     ids=["memory", "disk"],
