@@ -1,5 +1,6 @@
 """Caches after every way to leave or to go back: equal to a fresh prefill of the ids they hold."""
 
+import os
 from pathlib import Path
 
 import mlx.core as mx
@@ -219,6 +220,13 @@ def test_files_that_hold_no_state_are_refused(model, tmp_path):
     mx.save_safetensors(str(path), {"a": mx.zeros(1)})
     with pytest.raises(UserError, match="not a saved conversation"):
         load_state(path, model.model)
+
+
+def test_a_pipe_is_not_waited_for(model, tmp_path):
+    """It stopped the process for ever."""
+    os.mkfifo(tmp_path / "talk.safetensors")
+    with pytest.raises(UserError, match="is not a file"):
+        load_state(tmp_path / "talk.safetensors", model.model)
 
 
 DAMAGE = {

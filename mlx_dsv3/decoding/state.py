@@ -139,6 +139,8 @@ def fingerprint(model: Model) -> str:
 
 def load_state(path: str | Path, model: Model) -> State:
     """Read what `State.save` wrote; raise `UserError` for anything else and another model's."""
+    if Path(path).exists() and not Path(path).is_file():  # a pipe would wait for ever
+        raise UserError(f"`{path}` cannot be read: it is not a file")
     try:
         # MLX takes what a header says for lengths, and reads beyond the file; this parser does not.
         with safe_open(path, "np"):
