@@ -11,13 +11,20 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from mlx_dsv3.errors import INTERRUPTED, UserError, imports, nothing_to_keep, run_program
+from mlx_dsv3.errors import (
+    INTERRUPTED,
+    UserError,
+    check_writable,
+    imports,
+    nothing_to_keep,
+    run_program,
+)
 
 with imports(__name__):
     from mlx_dsv3.conversation.settings import make_sampler
     from mlx_dsv3.decoding.draft_control import fixed_drafts
-    from mlx_dsv3.options import Parser, number, one_of
-    from mlx_dsv3.terminal.trace import Trace, check_writable
+    from mlx_dsv3.options import Parser, number
+    from mlx_dsv3.terminal.trace import Trace
 
 DEMO = Path("build/demo-q4")
 
@@ -46,8 +53,8 @@ def make_parser() -> argparse.ArgumentParser:
     penalty = number("repetition_penalty")
     add("--repetition-penalty", type=penalty, metavar="X", help="1 is none")
     add("--seed", type=number("seed"), default=0, metavar="N", help="same seed, same reply")
-    where, names = one_of("--experts", *experts), "|".join(experts)
-    add("--experts", type=where, default="auto", metavar=names, help="see --plan")
+    names = "|".join(experts)
+    add("--experts", choices=experts, default="auto", metavar=names, help="see --plan")
     add("--expert-memory", type=number("expert_memory"), metavar="GB", help="for routed experts")
     add(
         "--context",
@@ -58,8 +65,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--plan", action="store_true", help="print the memory plan and exit")
     add("--drafts", type=drafts, default="auto", metavar="auto|N", help="MTP drafts, 0 to 4")
     add("--trace", metavar="FILE", help="write the experts chosen by each token")
-    how, names = one_of("--stats", *stats), "|".join(stats)
-    add("--stats", type=how, default="line", metavar=names, help="figures of a reply, on stderr")
+    names, figures = "|".join(stats), "figures of a reply, on stderr"
+    add("--stats", choices=stats, default="line", metavar=names, help=figures)
     add("--trust-remote-code", action="store_true", help="run tokenizer code")
     add("--version", action="version", version=package_version())
     return parser
@@ -140,9 +147,9 @@ def open_chat(options: argparse.Namespace):
 
 def read_question(prompt: str | None) -> str | None:
     """Return what -p and a pipe ask, None where a person sits at the terminal."""
-    is_piped = sys.stdin is not None and not sys.stdin.isatty()
+    is_piped = not sys.stdin.isatty()
     piped = sys.stdin.buffer.read().decode("utf-8", "replace").strip() if is_piped else ""
-    if prompt is None and not is_piped and sys.stdin is not None:
+    if prompt is None and not is_piped:
         return None
     question = "\n\n".join(text for text in (prompt or "", piped) if text.strip())
     if not question:

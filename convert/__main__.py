@@ -25,8 +25,7 @@ with imports(__name__):
     from convert.source import Source, open_folder
     from mlx_dsv3.checkpoint.format import MANIFEST
     from mlx_dsv3.checkpoint.hub import Repo, is_repo_id
-    from mlx_dsv3.json_files import brief
-    from mlx_dsv3.options import Parser
+    from mlx_dsv3.options import Parser, whole
     from mlx_dsv3.sizes import size
 
 MOST_JOBS = 64
@@ -51,9 +50,8 @@ def parser() -> argparse.ArgumentParser:
     for command in (convert, check, mtp):
         what = dest.get(command, "folder of the result")
         command.add_argument("dest", metavar="DEST", type=filled, help=what)
-        command.add_argument(
-            "--jobs", type=int, default=DEFAULT_JOBS, help="threads for each stage (%(default)s)"
-        )
+        jobs, threads = whole("--jobs", 1, MOST_JOBS), "threads for each stage (%(default)s)"
+        command.add_argument("--jobs", type=jobs, default=DEFAULT_JOBS, metavar="N", help=threads)
     for command in (plan, convert):
         command.add_argument("--recipe", help=f"{', '.join(recipes.RECIPES)}, or a JSON file")
         command.add_argument("--q-bits", type=int)
@@ -219,11 +217,6 @@ def main(argv: list[str] | None = None) -> int:
     args.words = words
     if "dest" in args:
         args.dest = Path(args.dest)
-    if not 1 <= getattr(args, "jobs", 1) <= MOST_JOBS:
-        raise UserError(
-            f"`--jobs` is {brief(args.jobs)}; it takes a whole number from 1 to {MOST_JOBS}",
-            "drop `--jobs`",
-        )
     return COMMANDS[args.command](args) or 0
 
 

@@ -82,6 +82,16 @@ def read_text(path: str | os.PathLike, most_bytes: int = MOST_TEXT_BYTES) -> str
         ) from None
 
 
+def check_writable(path: str | os.PathLike) -> None:
+    """Raise `OSError`, before minutes of work, for what takes no writing; a file stays as it is."""
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        return  # a pipe: opening and closing would end whoever reads it
+    is_new = not os.path.lexists(path)
+    open(path, "a").close()
+    if is_new:
+        os.unlink(path)
+
+
 HINTS = {
     errno.ENOENT: "check the spelling",
     errno.ENOSPC: "make room on that disk, then repeat the same command",

@@ -23,6 +23,7 @@ from mlx_dsv3.experts.bank import Counters
 from mlx_dsv3.load import Loaded
 from mlx_dsv3.model.decoder import Model
 from mlx_dsv3.model.mtp import MTP
+from mlx_dsv3.options import SETTINGS
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,8 @@ def stream(
     a fixed number of drafts with a state that was made without them.
     """
     check_ids(loaded, ids)
-    if max_tokens is not None and max_tokens < 1:
-        raise UserError(f"`max_tokens` is `{max_tokens}`", "it takes a whole number from 1")
+    if max_tokens is not None:
+        SETTINGS["max_tokens"].check(max_tokens, "`max_tokens`")
     control = control or make_control(loaded, drafts)
     state = state or make_state(loaded, control.fixed != 0)
     check_state(loaded, state, control)

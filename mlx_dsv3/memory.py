@@ -17,6 +17,7 @@ from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.device import available_bytes, buffer_cache_bytes, most_wired_bytes
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.experts.files import FLOAT_BYTES, LayerExperts
+from mlx_dsv3.options import SETTINGS
 from mlx_dsv3.sizes import GB, gigabytes, round_down, round_up
 from mlx_dsv3.transients import transient_bytes
 
@@ -30,7 +31,6 @@ RESIDENT_CHUNK = 2048  # at most: only streamed experts are read again for every
 CHUNK_SHARE = 0.05  # of the memory for experts, that a larger chunk may take from them
 DEFAULT_CONTEXT = 32768
 LEAST_CONTEXT = 1024  # that is planned for where none was asked for
-MOST_GB = 1e6  # infinity is no number of bytes
 MODES = ("auto", "resident", "streamed")
 
 
@@ -176,10 +176,8 @@ def make_plan(
             "`--experts resident` keeps all of them there",
             "drop one of the two",
         )
-    if expert_memory_gb is not None and not 0 <= expert_memory_gb <= MOST_GB:
-        raise UserError(
-            f"`--expert-memory` is `{expert_memory_gb:g}`", "it takes GB, a number from 0"
-        )
+    if expert_memory_gb is not None:
+        SETTINGS["expert_memory"].check(expert_memory_gb, "`--expert-memory`")
     limit = int(available_bytes() * USABLE_SHARE) if limit_bytes is None else limit_bytes
     sizes = sizes_of(tensors, args, dtype)
     length = DEFAULT_CONTEXT if context is None else context

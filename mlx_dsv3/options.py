@@ -92,19 +92,9 @@ def number(name: str) -> Callable[[str], float]:
     return lambda text: SETTINGS[name].parse(text, f"`--{name.replace('_', '-')}`")
 
 
-def whole(flag: str, least: int) -> Callable[[str], int]:
-    """Return the parser of an option that takes a whole number from `least` up."""
-    words = f"a whole number from {least}"
-    setting = Setting(int, lambda n: n >= least, words, f"`{flag} {least}` is the least")
+def whole(flag: str, least: int, most: int | None = None) -> Callable[[str], int]:
+    """Return the parser of an option that takes a whole number from `least` up, or to `most`."""
+    words = f"a whole number from {least}" + (f" to {most}" if most else "")
+    hint = f"`{flag} {least}` is the least"
+    setting = Setting(int, lambda n: least <= n <= (most or n), words, hint)
     return lambda text: setting.parse(text, f"`{flag}`")
-
-
-def one_of(flag: str, *values: str) -> Callable[[str], str]:
-    """Return the parser of an option with few values."""
-
-    def parse(text: str) -> str:
-        if text not in values:
-            raise UserError(f"`{flag}` is `{text}`", f"choose {', '.join(values)}")
-        return text
-
-    return parse

@@ -93,7 +93,7 @@ def test_a_low_mtp_override_is_warned_of(hub, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "message", "command"),
     [
-        (["run", "a", "b", "--jobs", "x"], "`--jobs`: invalid int value: 'x'", " run"),
+        (["run", "a", "b", "--q-bits", "x"], "`--q-bits`: invalid int value: 'x'", " run"),
         (["run", "a"], "the following arguments are required: DEST", " run"),
         (["verify", "a", "--fast"], "unrecognized arguments: --fast", ""),
         (["plan", "a", "--q-mode", "z"], "`--q-mode`: invalid choice: 'z'", " plan"),

@@ -7,13 +7,12 @@ activations, where its experts are, and how the replay ran.
 """
 
 import math
-import os
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from mlx_dsv3.errors import UserError
+from mlx_dsv3.errors import UserError, check_writable
 from mlx_dsv3.parity.bounds import Verdict
 from mlx_dsv3.parity.differences import TokenDifferences
 from mlx_dsv3.parity.golden import Golden
@@ -161,13 +160,7 @@ def verdict_line(verdict: Verdict) -> str:
 
 def check_plot(file: Path) -> None:
     """Refuse, before minutes of replay, a picture that cannot be drawn or written."""
-    try:
-        is_new = not os.path.lexists(file)
-        file.open("a").close()
-        if is_new:
-            file.unlink()
-    except OSError as error:
-        raise UserError(f"`{file}` cannot be written: {error.strerror}", PLOT_HINT) from None
+    check_writable(file)
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
     except ImportError:

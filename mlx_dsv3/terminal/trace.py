@@ -5,42 +5,18 @@ Layers whose experts are all in memory then read their ids back too, which costs
 that they otherwise save.
 """
 
-import os
 import sys
 from contextlib import suppress
 from pathlib import Path
 
-from mlx_dsv3.errors import UserError, visible
-
-
-def check_writable(path: Path) -> None:
-    """Refuse a file that cannot be opened for writing; it stays as it is."""
-    try:
-        if path.is_fifo() or path.is_char_device():
-            return  # opening and closing would end whoever reads it
-        is_new = not os.path.lexists(path)
-        path.open("a").close()
-        if is_new:
-            path.unlink()
-    except OSError as error:
-        raise refusal(path, error) from None
-
-
-def refusal(path: Path, error: OSError) -> UserError:
-    return UserError(
-        f"`{path}` cannot be written: {error.strerror}",
-        "give `--trace` a file in a folder that you may write to",
-    )
+from mlx_dsv3.errors import visible
 
 
 class Trace:
     """Writes what a store's layers choose until it is closed, or the file takes no more."""
 
     def __init__(self, store, path: Path):
-        try:
-            self.file = path.open("w", encoding="utf-8", buffering=1)
-        except OSError as error:
-            raise refusal(path, error) from None
+        self.file = path.open("w", encoding="utf-8", buffering=1)
         self.store, store.on_route = store, self.write
 
     def write(self, layer: int, experts) -> None:

@@ -35,11 +35,12 @@ def test_plot_without_matplotlib(converted, monkeypatch, no_loading, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["absent/a.png", "folder.png"])
-def test_a_plot_that_cannot_be_written(converted, no_loading, tmp_path, name):
+def test_a_plot_that_cannot_be_written(converted, no_loading, tmp_path, capsys, name):
     """The replay ran to its end, then a traceback and no report."""
     (tmp_path / "folder.png").mkdir()
-    with pytest.raises(UserError, match=f"{name}` cannot be written: "):
-        parity.main([str(converted("q8")), str(FP8), "--plot", str(tmp_path / name)])
+    argv = [str(converted("q8")), str(FP8), "--plot", str(tmp_path / name)]
+    assert run_main(lambda: parity.main(argv)) == 2
+    assert f"{name}` cannot be used: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["a.doc", "a"])
