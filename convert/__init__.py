@@ -9,5 +9,5 @@ Beside these: `download` (a source on the hub), `identity` (whose weights these 
 `sidecar` (the MTP layer alone), `report`, `progress`, and `__main__`, the command line.
 
 What a folder holds is said in `mlx_dsv3.checkpoint.format`. Imports nothing of mlx_dsv3 but that
-room, `config`, `errors` and `sizes`.
+room, `config`, `errors`, `options`, `json_files` and `sizes`.
 """

@@ -62,16 +62,8 @@ RANGES = {
     "mscale_all_dim": (0, 1000),
     "attention_factor": (1e-3, 1000),
 }
-YARN = {
-    "factor": float,
-    "original_max_position_embeddings": int,
-    "beta_fast": float,
-    "beta_slow": float,
-    "mscale": float,
-    "mscale_all_dim": float,
-    "attention_factor": float,
-    "truncate": bool,
-}
+YARN = dict.fromkeys(("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"), float)
+YARN |= {"original_max_position_embeddings": int, "attention_factor": float, "truncate": bool}
 # What absent or null keys mean to transformers and to the model's own code.
 YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
 ROPE_KEYS = {*YARN, "type", "rope_type", "rope_theta", "partial_rotary_factor"}

@@ -177,7 +177,7 @@ def test_files_that_would_be_read_for_ever(folder, name):
     (folder / name).unlink()
     with open(folder / name, "wb") as file:
         file.truncate(1 << 40)
-    assert "the most that are read" in refusal(folder).message
+    assert "is the most that is read" in refusal(folder).message
 
 
 @pytest.mark.parametrize(

@@ -108,13 +108,11 @@ def read_whole_header(path: str | Path) -> tuple[dict[str, TensorInfo], dict[str
     try:
         raw, size = read_raw_header(Path(path))
         header = parse_header(Path(path), raw, size)
-        about = parse_json(raw, f"`{path}`").get("__metadata__", {})
+        about = parse_json(raw, f"`{path}`").get("__metadata__") or {}
     except UserError as error:
         raise UserError(error.message, RECORD_HINT) from None
     except ValueError as error:  # a name that no file can have
         refuse(path, f"is not a file: {error}")
-    if not isinstance(about, dict) or not all(isinstance(word, str) for word in about.values()):
-        refuse(path, "has metadata that is not text")
     return header, about
 
 
