@@ -80,15 +80,12 @@ class MemoryPlan:
 
     def rows(self) -> list[tuple[str, int, str]]:
         """Return (what, bytes, remark) for a table."""
+        chunk = f"{self.prefill_chunk:,} tokens of prompt at once"
         return [
             ("trunk", self.trunk_bytes, "everything but routed experts"),
             ("MTP module", self.mtp_bytes, "without its experts"),
             ("latent cache", self.cache_bytes, f"{self.context:,} tokens"),
-            (
-                "transients",
-                self.transient_bytes,
-                f"{self.prefill_chunk:,} tokens of prompt at once",
-            ),
+            ("transients", self.transient_bytes, chunk),
             ("experts", self.expert_bytes, self.experts_words),
         ]
 
@@ -141,15 +138,12 @@ def sizes_of(tensors: dict[str, TensorInfo], args: ModelArgs, dtype: mx.Dtype) -
     held = {name: held_bytes(info, dtype, name) for name, info in trunk.items()}
     mtp_bytes = sum(nbytes for name, nbytes in held.items() if name.startswith(prefix))
     width = args.kv_lora_rank + args.qk_rope_head_dim
+    layers = [i for i in range(num_layers) if args.is_moe_layer(i)]
     return Sizes(
         trunk=sum(held.values()) - mtp_bytes,
         mtp=mtp_bytes,
         row=width * dtype.size * num_layers,
-        slots={
-            i: slot_bytes(i, tensors, args, dtype)
-            for i in range(num_layers)
-            if args.is_moe_layer(i)
-        },
+        slots={i: slot_bytes(i, tensors, args, dtype) for i in layers},
     )
 
 
@@ -248,16 +242,14 @@ def choose_slots(
     budget = room if expert_memory_gb is None else int(expert_memory_gb * GB)
     K = args.num_experts_per_tok
     each = min(budget // sum(sizes.values()), args.n_routed_experts)
-    if each < K:
-        if expert_memory_gb is None:
-            each = K  # the total is refused with its own message
-        else:
-            least = sum(sizes.values()) * K
-            raise UserError(
-                f"`--expert-memory {expert_memory_gb:g}` is below the least, {gigabytes(least)} "
-                f"({K} experts in each of {len(sizes)} layers)",
-                f"`--expert-memory {round_up(least)}` is the smallest that runs",
-            )
+    if each < K and expert_memory_gb is not None:
+        least = sum(sizes.values()) * K
+        raise UserError(
+            f"`--expert-memory {expert_memory_gb:g}` is below the least, {gigabytes(least)} "
+            f"({K} experts in each of {len(sizes)} layers)",
+            f"`--expert-memory {round_up(least)}` is the smallest that runs",
+        )
+    each = max(each, K)  # a total that is too much is refused with its own message
     if 2 * each >= args.n_routed_experts:
         return slots_in_few_layers(args, sizes, budget)
     left = budget - each * sum(sizes.values())

@@ -11,11 +11,14 @@
                                       what its block reads and `.norm` what the head reads
 
 States have the dtype of the arithmetic, statistics are float32. Everything that says where the
-numbers come from is in the metadata. `work.py` keeps each layer until the file is written.
+numbers come from is in the metadata (`describe`). `work.py` keeps each layer until the file is written.
 """
 
+import argparse
+import importlib.metadata
 import json
 import struct
+import subprocess
 from pathlib import Path
 
 import torch
@@ -23,6 +26,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mlx_dsv3.reference.files import DTYPES, read_header, written
+from mlx_dsv3.reference.hub import HubTensors
 from mlx_dsv3.reference.stream import HeadStatistics, LayerStates
 
 FORMAT = 1
@@ -78,9 +82,8 @@ def join_files(parts: list[Path], out: Path, metadata: dict[str, str], partial: 
     words = {dtype: word for word, dtype in DTYPES.items()}
     header, entries, end = {"__metadata__": metadata}, [], 0
     for path in parts:
-        for name, entry in sorted(
-            read_header(path).entries.items(), key=lambda item: item[1].start
-        ):
+        found = read_header(path).entries.items()
+        for name, entry in sorted(found, key=lambda item: item[1].start):
             place = [end, end + entry.nbytes]
             header[name] = {
                 "dtype": words[entry.dtype],
@@ -105,3 +108,54 @@ def copy_bytes(source, target, nbytes: int) -> None:
         assert chunk, f"{source.name} became shorter"
         target.write(chunk)
         nbytes -= len(chunk)
+
+
+def describe(args: argparse.Namespace, tensors: HubTensors, arithmetic) -> dict[str, str]:
+    """Return the metadata of a golden file: what was recorded, from what, by what, on what."""
+    name = Path(args.source).name if Path(args.source).is_absolute() else args.source
+    return {
+        "format": str(FORMAT),
+        "model": printable(name),
+        "source_sha256": tensors.source_sha256(),
+        "headers_sha256": tensors.headers_sha256(),
+        "arithmetic": arithmetic.name,
+        "matmul": arithmetic.operations.name if arithmetic.name == "fp8" else "torch",
+        "ue8m0": str(arithmetic.ue8m0 and arithmetic.name == "fp8").lower(),
+        "states": args.states,
+        "device": device_name(args.device),
+        "torch": torch.__version__,
+        "commit": code_version(),
+        "prompts": json.dumps([printable(Path(file).name) for file in args.prompt_file]),
+    }
+
+
+def printable(name: str) -> str:
+    """Return a file's name without what a reader of the recording would refuse to print."""
+    return "".join(c if c.isprintable() else "?" for c in name)
+
+
+def code_version() -> str:
+    """Return the commit of this checkout (`-dirty` if this folder differs), else the version."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        if head.returncode == 0:
+            status = [*git, "status", "--porcelain", "."]
+            is_dirty = subprocess.run(status, capture_output=True, text=True).stdout.strip()
+            return head.stdout.strip() + ("-dirty" if is_dirty else "")
+        return importlib.metadata.version("mlx-dsv3")
+    except (OSError, importlib.metadata.PackageNotFoundError):
+        return "unknown"
+
+
+def device_name(device: str) -> str:
+    """Return `cpu`, or the GPU with its driver."""
+    if not device.startswith("cuda"):
+        return device
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.split()
+    except OSError:
+        driver = []
+    driver = driver[0] if driver else "unknown"
+    return f"{torch.cuda.get_device_name(device)}, driver {driver}, CUDA {torch.version.cuda}"

@@ -12,9 +12,7 @@ from mlx_dsv3.errors import UserError, imports, read_text, run_program
 with imports(__name__):
     import argparse
     import hashlib
-    import importlib.metadata
     import json
-    import subprocess
     import sys
     import time
     from dataclasses import asdict
@@ -68,33 +66,6 @@ def prompt_ids(args: argparse.Namespace, prompts: list, tensors: HubTensors) -> 
         source.check_ids(ids, tensors.config, f"`{file}`")
         found.append(torch.tensor(ids))
     return found
-
-
-def code_version() -> str:
-    """Return the commit of this checkout (`-dirty` if this folder differs), else the version."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        if head.returncode == 0:
-            status = [*git, "status", "--porcelain", "."]
-            is_dirty = subprocess.run(status, capture_output=True, text=True).stdout.strip()
-            return head.stdout.strip() + ("-dirty" if is_dirty else "")
-        return importlib.metadata.version("mlx-dsv3")
-    except (OSError, importlib.metadata.PackageNotFoundError):
-        return "unknown"
-
-
-def device_name(device: str) -> str:
-    """Return `cpu`, or the GPU with its driver."""
-    if not device.startswith("cuda"):
-        return device
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        driver = subprocess.run(query, capture_output=True, text=True).stdout.split()
-    except OSError:
-        driver = []
-    driver = driver[0] if driver else "unknown"
-    return f"{torch.cuda.get_device_name(device)}, driver {driver}, CUDA {torch.version.cuda}"
 
 
 class Recording:
@@ -200,30 +171,6 @@ def check_finite(what: str, tensors: list[Tensor]) -> None:
         )
 
 
-def describe(args: argparse.Namespace, tensors: HubTensors, arithmetic) -> dict[str, str]:
-    """Return the metadata of a golden file: what was recorded, from what, by what, on what."""
-    name = Path(args.source).name if Path(args.source).is_absolute() else args.source
-    return {
-        "format": str(golden.FORMAT),
-        "model": printable(name),
-        "source_sha256": tensors.source_sha256(),
-        "headers_sha256": tensors.headers_sha256(),
-        "arithmetic": arithmetic.name,
-        "matmul": arithmetic.operations.name if arithmetic.name == "fp8" else "torch",
-        "ue8m0": str(arithmetic.ue8m0 and arithmetic.name == "fp8").lower(),
-        "states": args.states,
-        "device": device_name(args.device),
-        "torch": torch.__version__,
-        "commit": code_version(),
-        "prompts": json.dumps([printable(Path(file).name) for file in args.prompt_file]),
-    }
-
-
-def printable(name: str) -> str:
-    """Return a file's name without what a reader of the recording would refuse to print."""
-    return "".join(c if c.isprintable() else "?" for c in name)
-
-
 def record(args: argparse.Namespace, work: WorkFolder) -> dict[str, str]:
     """Carry out one recording and return its metadata."""
     prompts = [read_prompt(Path(file)) for file in args.prompt_file]
@@ -231,7 +178,7 @@ def record(args: argparse.Namespace, work: WorkFolder) -> dict[str, str]:
     prompts = prompt_ids(args, prompts, tensors)
     stream = Stream(tensors, arithmetic)
     try:
-        metadata = describe(args, tensors, arithmetic)
+        metadata = golden.describe(args, tensors, arithmetic)
         metadata["config"] = json.dumps(asdict(stream.args))
         ids = json.dumps([ids.tolist() for ids in prompts])
         metadata["ids_sha256"] = hashlib.sha256(ids.encode()).hexdigest()
