@@ -82,8 +82,8 @@ def check_assumed(name: str, value, assumed) -> None:
 
 
 def check_ids(name: str, value, size: int) -> None:
-    """Refuse what is no token and no list of tokens: MLX would read foreign memory for it."""
-    for token in value if isinstance(value, list) else [value]:
+    """Refuse what is no token, nor a list of those that end: MLX would read foreign memory."""
+    for token in value if isinstance(value, list) and name == "eos_token_id" else [value]:
         if token is not None and not (type(token) is int and 0 <= token < size):
             refuse(name, value, "a token of the vocabulary is needed")
 

@@ -28,7 +28,7 @@ def measure_perplexity(
     trust_remote_code: bool = False,
 ) -> dict[str, int | float | str]:
     """Return the figures of a text file in windows of `context` tokens, BOS included."""
-    bos, text = check_bos(folder), read_text(file)
+    bos, text = folder.config.get("bos_token_id"), read_text(file)
     tokenizer = load_checked_tokenizer(folder.path, folder.args, folder.config, trust_remote_code)
     ids = tokenizer.encode(text, add_special_tokens=False)
     if bos is not None and ids[:1] == [bos]:
@@ -55,18 +55,6 @@ def measure_perplexity(
         # Tokens that nothing predicts (the first ones of windows without BOS) cost the mean.
         "bits_per_byte": nats * len(ids) / math.log(2) / len(text.encode("utf-8")),
     }
-
-
-def check_bos(folder: Folder) -> int | None:
-    """Return the BOS of config.json, if it has one; the tokenizer is checked elsewhere."""
-    bos, size = folder.config.get("bos_token_id"), folder.args.vocab_size
-    if bos is not None and (type(bos) is not int or not 0 <= bos < size):
-        raise UserError(  # MLX checks no index: an id beyond it would read foreign memory
-            f"config.json of `{folder.path}` has `bos_token_id` = `{bos}`; "
-            f"the model has ids 0 to {size - 1}",
-            "copy config.json from the model's page on the hub",
-        )
-    return bos
 
 
 def windows(ids: list[int], bos: int | None, context: int) -> Iterator[list[int]]:
