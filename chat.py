@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
 
     store = chat.session.loaded.store
     with ExitStack() as leaving:
-        leaving.callback(store.close)
+        leaving.callback(chat.session.loaded.close)
         if options.trace is not None:
             leaving.callback(Trace(store, Path(options.trace)).close)
         if question is None:

@@ -7,6 +7,7 @@ in `decoding/steps.py`.
 """
 
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -67,7 +68,8 @@ class Piece:
 def make_state(loaded: Loaded, with_drafts: bool = True) -> State:
     """Return an empty state for a model, with an MTP cache where it has the module."""
     has_mtp = loaded.mtp is not None and with_drafts
-    return State(loaded.model.make_cache(), loaded.mtp.make_cache() if has_mtp else None)
+    mtp_cache = loaded.mtp.make_cache() if has_mtp else None
+    return State(loaded.model.make_cache(), mtp_cache, owner=weakref.ref(loaded.model))
 
 
 def make_control(loaded: Loaded, drafts: str | int) -> DraftControl:
@@ -78,7 +80,15 @@ def make_control(loaded: Loaded, drafts: str | int) -> DraftControl:
 
 
 def check_state(loaded: Loaded, state: State, control: DraftControl) -> None:
-    """Drop the MTP cache of a state for a model without the module; refuse drafts without one."""
+    """Drop the MTP cache of a state for a model without the module; refuse drafts without one.
+
+    A state of another model is refused: its rows would mean nothing, and nothing would crash.
+    """
+    if state.owner is not None and state.owner() is not loaded.model:
+        raise UserError(
+            "this state was computed by another model, or by this one as it was loaded before",
+            "`make_state(loaded)` makes an empty one; `State.save` and `load_state` keep one",
+        )
     if loaded.mtp is None:
         fixed_drafts(control.fixed or 0, has_mtp=False)
         state.drop_mtp()

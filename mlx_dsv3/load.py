@@ -20,6 +20,7 @@ from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.device import default_dtype, limit_memory
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.experts.products import RoutedExperts
+from mlx_dsv3.experts.reader import LOAD_AGAIN
 from mlx_dsv3.experts.store import ExpertStore
 from mlx_dsv3.memory import MemoryPlan, make_plan
 from mlx_dsv3.model.decoder import Model
@@ -35,6 +36,7 @@ DIFFERENT = "config.json and weights are of different checkpoints; fetch or conv
 class Loaded:
     """A model ready to run. `mtp` is None where the folder has no `mtp.safetensors`.
 
+    `close`, or the end of a `with`, gives memory, threads and files back; so does dropping it.
     `tokenizer` is mlx-lm's wrapper; None from `load_model`. `vocabulary_mask` (vocabulary,) is
     -inf for the padding ids that the tokenizer lacks and 0 elsewhere; None where it lacks none.
     """
@@ -47,6 +49,23 @@ class Loaded:
     config: dict
     tokenizer: object = None
     vocabulary_mask: mx.array | None = None
+
+    def close(self) -> None:
+        """Free the weights, end the threads and close the files. Closing again does nothing."""
+        if "store" in vars(self):
+            self.store.close()
+            del self.model, self.mtp, self.store
+
+    def __getattr__(self, name: str):
+        if name in ("model", "mtp", "store"):
+            raise UserError("the model was closed", LOAD_AGAIN)
+        raise AttributeError(f"`Loaded` has no `{name}`")
+
+    def __enter__(self) -> "Loaded":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
 
 def load_trunk(tensors: dict[str, TensorInfo]) -> dict[str, mx.array]:
@@ -199,6 +218,8 @@ def load_model(
     except BaseException:
         store.close()
         raise
+    if not store.is_streamed:
+        store.close()  # nothing is left to read
     limit_memory()
     return Loaded(model, mtp, store, plan, args, folder.config)
 
@@ -233,6 +254,7 @@ def load(
 ) -> Loaded:
     """Load an MLX folder: model, tokenizer, MTP module if it has one, experts as planned.
 
+    `with load(folder) as loaded:` closes it at the end, and so does `loaded.close()`.
     `folder` is a path, the hub id of such a folder (a str; fetched once into huggingface_hub's
     cache, after the memory plan was made from its headers), or what `open_model` returned.
     `experts` is `resident`, `streamed` or `auto`; `expert_memory_gb` bounds the expert slots (GB

@@ -5,12 +5,17 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+import tiny
 from drafted import Drafted, make_drafted
 from interrupt import Interrupt
+from mlx_folder import save_ordered, write_mlx, write_tokenizer
 
 import mlx_dsv3
-from mlx_dsv3.decoding.state import State, common_prefix_length, load_state
+from mlx_dsv3.checkpoint.folder import open_folder
+from mlx_dsv3.decoding.state import State, common_prefix_length, fingerprint, load_state
 from mlx_dsv3.errors import UserError
+from mlx_dsv3.generate import make_state, stream
+from mlx_dsv3.load import load, load_model
 from mlx_dsv3.model.cache import LatentCache
 
 PROMPT = [3, 4, 5, 150, 7]
@@ -210,10 +215,78 @@ def test_a_state_of_another_model_is_refused(model, tmp_path):
         load_state(path, other.model)
 
 
+def test_a_state_of_other_experts_is_refused(tmp_path):
+    """Two conversions that differ in how `down_proj` is packed, or in experts alone, were one."""
+    config = tiny.D | {"num_hidden_layers": 2}
+    tensors, other = tiny.random_tensors(config), tiny.random_tensors(config, seed=1)
+    found = set()
+    for i, kind in enumerate(("alike", "alike", "bits", "values")):
+        mixed = dict(tensors)
+        if kind == "values":
+            mixed |= {name: other[name] for name in other if ".experts." in name}
+        folder = tmp_path / str(i)
+        packing = {"bits": 4, "group_size": 64, "mode": "affine"}
+        write_mlx(folder, config, mixed, packing=packing)
+        if kind == "bits":
+            pack_down_in_8_bits(folder, config, mixed)
+        with load_model(open_folder(folder, with_mtp=False)) as loaded:
+            found.add(fingerprint(loaded.model))
+    assert len(found) == 3
+
+
+def pack_down_in_8_bits(folder, config: dict, tensors: dict) -> None:
+    """Write the `down_proj` of a folder's experts again."""
+    write_mlx(
+        folder / "8", config, tensors, packing={"bits": 8, "group_size": 64, "mode": "affine"}
+    )
+    for path in folder.glob("model-experts*.safetensors"):
+        finer = mx.load(str(folder / "8" / path.name))
+        arrays = mx.load(str(path))
+        arrays |= {name: finer[name] for name in finer if ".down_proj." in name}
+        save_ordered(path, arrays)
+
+
+def test_a_state_goes_to_the_model_that_computed_it(tmp_path):
+    """Another model of the same shapes went on with it, and said nonsense."""
+    write_mlx(tmp_path, tiny.A, tiny.random_tensors(tiny.A))
+    write_tokenizer(tmp_path, tiny.A["vocab_size"])
+    one, two = load(tmp_path), load(tmp_path)
+    state = make_state(one)
+    for _ in stream(one, PROMPT, state=state, max_tokens=2):
+        pass
+    with pytest.raises(UserError, match="computed by another model"):
+        next(stream(two, PROMPT, state=state, max_tokens=2))
+    state.save(tmp_path / "talk.safetensors", one.model)
+    kept = load_state(tmp_path / "talk.safetensors", two.model)
+    next(stream(two, PROMPT, state=kept, max_tokens=2))
+
+
+def test_replies_to_one_prompt_leave_nothing(model):
+    """Without drafts the states that wait were slices of slices, which nothing evaluated."""
+
+    def reply() -> None:
+        state.rewind(len(PROMPT) - 1)
+        model.feed(state, PROMPT[len(state.ids) : -1])
+        for _ in model.run(state, PROMPT[-1], 3, 0):
+            pass
+
+    state = model.state()
+    for i in range(120):
+        reply()
+        if i == 20:
+            before = mx.get_active_memory()
+    assert mx.get_active_memory() - before < 100 * 64  # a quarter of one waiting state
+
+
 def test_files_that_hold_no_state_are_refused(model, tmp_path):
     path = tmp_path / "talk.safetensors"
     with pytest.raises(UserError, match="cannot be read"):
         load_state(path, model.model)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for wrong in pipe, tmp_path:
+        with pytest.raises(UserError, match="cannot be read: it is not a file"):
+            load_state(wrong, model.model)
     path.write_bytes(b"text")
     with pytest.raises(UserError, match="cannot be read"):
         load_state(path, model.model)
@@ -265,6 +338,17 @@ def test_rows_of_another_shape_are_refused(model, tmp_path):
                 load_state(path, model.model)
     mx.save_safetensors(str(path), arrays | {"layers.99": arrays["layers.0"]}, metadata)
     with pytest.raises(UserError, match="`layers.99` has shape .* not None"):
+        load_state(path, model.model)
+
+
+def test_rows_that_are_no_numbers_are_refused(model, tmp_path):
+    """NaN in one row spreads to every later token."""
+    path = tmp_path / "talk.safetensors"
+    started(model).save(path, model.model)
+    arrays, metadata = mx.load(str(path), return_metadata=True)
+    arrays["layers.1"][0, 2, 5] = mx.nan
+    mx.save_safetensors(str(path), arrays, metadata)
+    with pytest.raises(UserError, match="`layers.1` holds values that are not finite"):
         load_state(path, model.model)
 
 

@@ -12,6 +12,7 @@ it left beyond the committed is cut off by `align`.
 
 import hashlib
 import os
+import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,6 +45,7 @@ class State:
     ids: list[int] = field(default_factory=list)
     mtp_pairs: int = 0
     pending: list[mx.array] = field(default_factory=list)
+    owner: weakref.ref[Model] | None = None  # of what computed it, where that is known
 
     @property
     def num_waiting(self) -> int:
@@ -91,8 +93,9 @@ class State:
         """
         if length < len(self.ids) or not self.pending:
             length = min(length, len(self.ids))
-            waiting = length - self.mtp_pairs
-            pending = [self.waiting()[:, :waiting]] if self.pending and waiting > 0 else []
+            waiting = length - self.mtp_pairs if self.pending else 0
+            pending = [mx.contiguous(self.waiting()[:, :waiting])] if waiting > 0 else []
+            mx.eval(pending)  # or each reply to one prompt would add to one graph
             if self.mtp_cache is not None and not pending:
                 length = max(length - 1, 0)
             self.mtp_pairs, self.pending = min(self.mtp_pairs, length), pending
@@ -122,10 +125,10 @@ class State:
 
 
 def fingerprint(model: Model) -> str:
-    """Return a digest of a model's parameters, which tells models and quantisations apart.
+    """Return a digest of a model's weights, which tells models and quantisations apart.
 
     Of every parameter it takes name, shape, dtype and the first values; of the experts, which
-    are not parameters and may be on disk, the shapes.
+    are not parameters and may be on disk, what `Bank.identity` says.
     """
     digest = hashlib.sha256()
     for name, array in sorted(tree_flatten(model.parameters())):
@@ -133,7 +136,7 @@ def fingerprint(model: Model) -> str:
         digest.update(memoryview(mx.contiguous(array.flatten()[:16]).view(mx.uint8)))
     for name, module in sorted(model.named_modules()):
         if (experts := getattr(module, "experts", None)) is not None:
-            digest.update(f"{name} {experts.bank.gate_up.weight.shape[1:]}".encode())
+            digest.update(f"{name} ".encode() + experts.bank.identity)
     return digest.hexdigest()
 
 
@@ -142,6 +145,8 @@ def load_state(path: str | Path, model: Model) -> State:
     if Path(path).exists() and not Path(path).is_file():  # a pipe would wait for ever
         raise UserError(f"`{path}` cannot be read: it is not a file")
     try:
+        if Path(path).exists() and not Path(path).is_file():  # a pipe would wait for ever
+            raise ValueError("it is not a file")
         # MLX takes what a header says for lengths, and reads beyond the file; this parser does not.
         with safe_open(path, "np"):
             arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
@@ -155,9 +160,11 @@ def load_state(path: str | Path, model: Model) -> State:
             "load it with the model that it was saved with",
         )
     try:
-        return restore(arrays, metadata, model.args)
+        state = restore(arrays, metadata, model.args)
     except (KeyError, ValueError) as error:
         raise UserError(f"`{path}` is damaged: {error}", "start a new conversation") from None
+    state.owner = weakref.ref(model)
+    return state
 
 
 def restore(arrays: dict[str, mx.array], metadata: dict[str, str], args: ModelArgs) -> State:
@@ -180,6 +187,8 @@ def restore(arrays: dict[str, mx.array], metadata: dict[str, str], args: ModelAr
         found = arrays[name].shape if name in arrays else None
         if found != shapes.get(name) or not mx.issubdtype(arrays[name].dtype, mx.floating):
             raise ValueError(f"`{name}` has shape {found}, not {shapes.get(name)} of numbers")
+        if not mx.isfinite(arrays[name]).all():
+            raise ValueError(f"`{name}` holds values that are not finite")
     layers = [LatentCache() for _ in lengths]
     for i, layer in enumerate(layers):
         if lengths[i]:

@@ -1,9 +1,10 @@
 """The routed experts of one layer in memory: C slots, and which expert is in which.
 
-With a slot for every expert a bank is *resident*: filled once, slot e holds expert e, and nothing
-ever waits for the host. With fewer it is *streamed*: `begin` maps the experts of a step to slots,
-evicting the least recently used, and the reader's threads bring the missing ones straight into the
-rows of the bank's arrays while MLX computes.
+With a slot for every expert a bank is *resident*: filled once, slot e holds expert e, and no step
+of a GPU waits for the host (on a CPU a prompt does, for its products in NumPy). With fewer it is
+*streamed*: `begin` maps the experts of a step to slots, evicting the least recently used, and the
+reader's threads bring the missing ones straight into the rows of the bank's arrays while MLX
+computes.
 
 The rule that makes writing into MLX arrays safe: a slot remembers the last array computed from it
 (`pending_uses`), and that array is evaluated before a byte of the slot changes. Graphs are lazy;
@@ -13,6 +14,7 @@ updated: MLX would put another array in their place and later reads would go to 
 No layer arithmetic here but the gathered product. What threads do here touches bytes, never MLX.
 """
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 
-from mlx_dsv3.checkpoint.format import PARTS, Quantization
+from mlx_dsv3.checkpoint.format import PARTS, PROJECTIONS, Quantization
 from mlx_dsv3.device import is_gpu
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.experts.files import FLOAT_BYTES, LayerExperts, Request, convert_floats
@@ -135,6 +137,7 @@ class Bank:
         self.expert_bytes = sum(request.nbytes for request in self.requests[0])  # in the files
         for path in {request.path for requests in self.requests for request in requests}:
             reader.files.open(path)
+        self.identity = self.read_identity(experts)
         self.slot_of = np.full(self.num_experts, EMPTY, np.int32)
         self.expert_in = np.full(capacity, EMPTY, np.int32)
         self.used = np.zeros(capacity, np.int64)  # step of last use
@@ -148,6 +151,21 @@ class Bank:
                 if (array := getattr(projection, part)) is not None:
                     view = memoryview(array).cast("B")
                     self._rows[f"{name}.{part}"] = (view, array.nbytes // capacity, array.dtype)
+
+    def read_identity(self, experts: LayerExperts) -> bytes:
+        """Return what tells these experts from others: their formats, and some of their bytes.
+
+        The bytes are the first ones of each read of the first and the last expert, on disk.
+        """
+        parts = [experts.parts(projection) for projection in PROJECTIONS]
+        formats = [[(part, i.dtype, i.shape) for part, i in sorted(p.items())] for p in parts]
+        packed = self.gate_up.quantization, self.down.quantization
+        values = [
+            os.pread(self.reader.files.open(request.path), 64, request.offset)
+            for expert in (0, -1)
+            for request in self.requests[expert]
+        ]
+        return repr((formats, packed, values)).encode()
 
     @property
     def is_resident(self) -> bool:

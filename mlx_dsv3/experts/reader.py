@@ -10,6 +10,7 @@ import os
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import NamedTuple
 from mlx_dsv3.errors import UserError
 
 NUM_READERS = 12
+LOAD_AGAIN = "load it again"
 
 
 class Job(NamedTuple):
@@ -92,26 +94,35 @@ class Files:
             os.close(fd)
         self.descriptors.clear()
 
+    __del__ = close
+
 
 class Reader:
-    """The threads, and the files that they read."""
+    """The threads, and the files that they read.
+
+    A thread holds the queue alone, so a reader that is dropped ends its threads as `close` does.
+    """
 
     def __init__(self):
         self.files = Files()
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
         self._threads = [
-            threading.Thread(target=self._serve, daemon=True, name=f"expert-reader-{i}")
+            threading.Thread(
+                target=serve, args=(self._queue,), daemon=True, name=f"expert-reader-{i}"
+            )
             for i in range(NUM_READERS)
         ]
         for thread in self._threads:
             thread.start()
+        weakref.finalize(self, stop, self._queue).atexit = False
 
     def begin(self, jobs: list[Job]) -> Batch:
         """Give jobs to the threads; their files were opened before."""
-        assert self._threads, "the reader is closed"
+        if not self._threads:
+            raise UserError("the model was closed and its experts are no longer read", LOAD_AGAIN)
         batch = Batch(len(jobs))
         for job in jobs:
-            self._queue.put((batch, job))
+            self._queue.put((batch, job, self.read))
         return batch
 
     def read(self, job: Job) -> None:
@@ -120,20 +131,27 @@ class Reader:
         if finish is not None:
             finish()
 
-    def _serve(self) -> None:
-        while (work := self._queue.get()) is not None:
-            batch, job = work
-            batch.run(self.read, job)
-            del work, batch, job  # or the bank would stay in memory while this thread waits
-
     def close(self) -> None:
         """Stop the threads once they have done what they were given; close the files."""
-        for _ in self._threads:
-            self._queue.put(None)
+        stop(self._queue)
         for thread in self._threads:
             thread.join()
         self._threads = []
         self.files.close()
+
+
+def serve(jobs: queue.SimpleQueue) -> None:
+    """Do jobs until there are no more, on one of several threads."""
+    while (work := jobs.get()) is not None:
+        batch, job, read = work
+        batch.run(read, job)
+        del work, batch, job, read  # or the bank would stay in memory while this thread waits
+
+
+def stop(jobs: queue.SimpleQueue) -> None:
+    """End the threads behind a queue."""
+    for _ in range(NUM_READERS):
+        jobs.put(None)
 
 
 def read_exactly(fd: int, buffers: list, offset: int, path: Path) -> None:

@@ -95,7 +95,7 @@ class ExpertStore:
         return nbytes / (time.perf_counter() - start), nbytes
 
     def close(self) -> None:
-        """Stop the reader and close its files; resident banks stay usable."""
+        """Stop the reader and close its files; resident banks stay usable. Twice is once."""
         for bank in self.banks.values():
             bank.join()
         self.reader.close()

@@ -47,10 +47,10 @@ class Gate(nn.Module):
 
     def __init__(self, args: ModelArgs):
         super().__init__()
-        self.args = args
         self.weight = mx.zeros((args.n_routed_experts, args.hidden_size))
         self.e_score_correction_bias = mx.zeros((args.n_routed_experts,))
-        self.route = mx.compile(lambda logits, bias: route(logits, bias, self.args))
+        # Of `args` alone: through `self` it would keep the layer until the garbage is collected.
+        self.route = mx.compile(lambda logits, bias: route(logits, bias, args))
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Return expert ids and weights, each (..., K), for x (..., D)."""

@@ -13,7 +13,6 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -50,13 +49,14 @@ def check(args: argparse.Namespace, folder: Folder, load: Callable[..., Loaded])
     if args.plot:
         check_plot(args.plot)
     loaded = load()
-    with closing(loaded.store):
+    with loaded:
+        is_streamed, dtype = loaded.store.is_streamed, loaded.model.model.norm.weight.dtype
         result = Replay(loaded.model, loaded.mtp, golden, args.teacher_forced).run()
     about = {
         "model": args.model,
         "recipe": recipe,
-        "activations": dtype_name(loaded.model.model.norm.weight.dtype),
-        "experts": "streamed" if loaded.store.is_streamed else "resident",
+        "activations": dtype_name(dtype),
+        "experts": "streamed" if is_streamed else "resident",
         "mode": "teacher-forced" if args.teacher_forced else "free",
         "same_source": same_source(golden, conversion),
     }

@@ -5,7 +5,6 @@ nor of the MTP module.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import closing
 
 import mlx.core as mx
 
@@ -39,7 +38,7 @@ def default_slots(args: ModelArgs) -> list[int]:
 def logits_of(loaded: Loaded, ids: mx.array) -> dict[str, mx.array]:
     """Return logits of a prefill, of single tokens after it, and of the MTP module."""
     model, half = loaded.model, ids.shape[1] // 2
-    with closing(loaded.store):
+    with loaded:
         cache = model.make_cache()
         g = model.hidden(ids[:, :half], cache)
         found = {"prefill": model.lm_head(g)}

@@ -5,7 +5,6 @@ Each window of tokens begins with BOS and knows nothing of the one before it.
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 
 import mlx.core as mx
@@ -37,8 +36,9 @@ def measure_perplexity(
         few = "no tokens" if not ids else "one token, and nothing before it to predict it from"
         raise UserError(f"`{file}` has {few}", "give a longer text")
     loaded = load()
-    with closing(loaded.store):
+    with loaded:
         losses = [window_loss(loaded.model, window) for window in found]
+        activations = dtype_name(loaded.model.model.norm.weight.dtype)
     num = sum(len(window) - 1 for window in found)
     nats = sum(losses) / num
     if not nats < MOST_NATS:
@@ -49,7 +49,7 @@ def measure_perplexity(
     return {
         "tokens": num,
         "context": context,
-        "activations": dtype_name(loaded.model.model.norm.weight.dtype),
+        "activations": activations,
         "nats_per_token": nats,
         "perplexity": math.exp(nats),
         # Tokens that nothing predicts (the first ones of windows without BOS) cost the mean.
