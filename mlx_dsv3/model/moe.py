@@ -47,6 +47,7 @@ class Gate(nn.Module):
 
     def __init__(self, args: ModelArgs):
         super().__init__()
+        self.args = args
         self.weight = mx.zeros((args.n_routed_experts, args.hidden_size))
         self.e_score_correction_bias = mx.zeros((args.n_routed_experts,))
         # Of `args` alone: through `self` it would keep the layer until the garbage is collected.
