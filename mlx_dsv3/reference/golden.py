@@ -11,7 +11,8 @@
                                       what its block reads and `.norm` what the head reads
 
 States have the dtype of the arithmetic, statistics are float32. Everything that says where the
-numbers come from is in the metadata (`describe`). `work.py` keeps each layer until the file is written.
+numbers come from is in the metadata (`describe`). `work.py` keeps each layer until the file is
+written.
 """
 
 import argparse
