@@ -49,7 +49,8 @@ class Sandbox:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         # Whatever the stamps say, and whatever a recipe calls, nothing is installed.
         nothing = {"MAKEFLAGS": "PIP=false", "PIP_DRY_RUN": "1"}
-        self.environment = environment | nothing | {"PATH": path}
+        here = {"PATH": path, "PYTHONPATH": str(ROOT)}  # as installed from this very checkout
+        self.environment = environment | nothing | here
         self.checkpoint = ROOT / "demo/checkpoint"
         for name in CHECKOUT:
             (folder / name).symlink_to(ROOT / name)
