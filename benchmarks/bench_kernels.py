@@ -20,7 +20,7 @@ with imports(__name__):
     import torch
 
     from mlx_dsv3.reference import backends, fp8
-    from mlx_dsv3.reference.record import code_version, device_name
+    from mlx_dsv3.reference.golden import code_version, device_name
 
 SHAPES = {  # name: (output rows, K)
     "q_a_proj": (1536, 7168),

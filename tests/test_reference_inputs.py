@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from mlx_dsv3.errors import UserError, run_main
-from mlx_dsv3.reference import generate, record
+from mlx_dsv3.reference import generate, golden, record
 from mlx_dsv3.reference.model import Args
 
 CONFIG = tiny.A | {"num_hidden_layers": 2}
@@ -31,7 +31,7 @@ def whole(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_git(monkeypatch):
     """Ask git nothing: it takes half of a recording's time."""
-    monkeypatch.setattr(record, "code_version", lambda: "unknown")
+    monkeypatch.setattr(golden, "code_version", lambda: "unknown")
 
 
 @pytest.fixture

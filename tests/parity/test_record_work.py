@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mlx_dsv3.errors import run_main
-from mlx_dsv3.reference import record, stream
+from mlx_dsv3.reference import golden, record, stream
 
 CONFIG = tiny.A | {
     "num_hidden_layers": 1,
@@ -31,7 +31,7 @@ def source(tmp_path_factory):
 @pytest.fixture
 def argv(source, tmp_path, monkeypatch):
     """Return the arguments of a recording of four tokens, in which git is not asked."""
-    monkeypatch.setattr(record, "code_version", lambda: "unknown")
+    monkeypatch.setattr(golden, "code_version", lambda: "unknown")
     (tmp_path / "ids.json").write_text("[5, 9, 150, 3]")
     files = [tmp_path / "golden", "--prompt-file", tmp_path / "ids.json"]
     return [str(word) for word in (source, *files, "--device", "cpu")]
