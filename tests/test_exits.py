@@ -103,9 +103,16 @@ COMMANDS = {
 }
 
 
+SLOW = {"numpy", "transformers", "mlx_lm.utils", "mlx_dsv3.terminal.start"}  # as the others
+
+
 @pytest.mark.parametrize(
     "program, module",
-    [(program, module) for program, (_, modules) in COMMANDS.items() for module in modules],
+    [
+        pytest.param(program, module, marks=[pytest.mark.slow] if module in SLOW else [])
+        for program, (_, modules) in COMMANDS.items()
+        for module in modules
+    ],
 )
 def test_ctrl_c_while_a_program_is_imported(demo, program, module):
     """The first seconds of each program were a traceback through the packages it imports."""

@@ -279,27 +279,19 @@ def test_replies_to_one_prompt_leave_nothing(model):
 
 
 def test_files_that_hold_no_state_are_refused(model, tmp_path):
-    path = tmp_path / "talk.safetensors"
-    with pytest.raises(UserError, match="cannot be read"):
-        load_state(path, model.model)
-    pipe = tmp_path / "pipe"
+    """A pipe stopped the process for ever."""
+    path, pipe = tmp_path / "talk.safetensors", tmp_path / "pipe"
     os.mkfifo(pipe)
-    for wrong in pipe, tmp_path:
-        with pytest.raises(UserError, match="cannot be read: it is not a file"):
+    for wrong in path, pipe, tmp_path:
+        with pytest.raises(UserError, match="is not a file"):
             load_state(wrong, model.model)
     path.write_bytes(b"text")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="not a safetensors file"):
         load_state(path, model.model)
-    mx.save_safetensors(str(path), {"a": mx.zeros(1)})
-    with pytest.raises(UserError, match="not a saved conversation"):
-        load_state(path, model.model)
-
-
-def test_a_pipe_is_not_waited_for(model, tmp_path):
-    """It stopped the process for ever."""
-    os.mkfifo(tmp_path / "talk.safetensors")
-    with pytest.raises(UserError, match="is not a file"):
-        load_state(tmp_path / "talk.safetensors", model.model)
+    for array in mx.zeros(1), mx.zeros(1, mx.uint8):
+        mx.save_safetensors(str(path), {"a": array})
+        with pytest.raises(UserError, match="not a saved conversation"):
+            load_state(path, model.model)
 
 
 DAMAGE = {
@@ -332,7 +324,7 @@ def test_rows_of_another_shape_are_refused(model, tmp_path):
     arrays, metadata = mx.load(str(path), return_metadata=True)
     for name in arrays:
         right = arrays[name]
-        for wrong in right[:, 1:], right[..., 1:], right.astype(mx.int32):
+        for wrong in right[:, 1:], right[..., 1:]:
             mx.save_safetensors(str(path), arrays | {name: wrong}, metadata)
             with pytest.raises(UserError, match=f"`{name}` has shape"):
                 load_state(path, model.model)
