@@ -23,7 +23,7 @@ from mlx_dsv3.errors import (
 with imports(__name__):
     from mlx_dsv3.conversation.settings import make_sampler
     from mlx_dsv3.decoding.draft_control import fixed_drafts
-    from mlx_dsv3.options import Parser, number
+    from mlx_dsv3.options import Parser, first_line, number
     from mlx_dsv3.terminal.trace import Trace
 
 DEMO = Path("build/demo-q4")
@@ -36,7 +36,7 @@ def drafts(text: str) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="chat.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="chat.py", description=first_line(__doc__))
     add = parser.add_argument
     experts, stats = ("auto", "resident", "streamed"), ("line", "json", "off")
     add("model", nargs="?", metavar="MODEL", help=f"MLX folder, or hub id of one; else {DEMO}")

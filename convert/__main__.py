@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from mlx_dsv3.errors import UserError, imports, run_program, visible
+from mlx_dsv3.errors import UserError, imports, in_line, run_program
 
 with imports(__name__):
     from convert import recipe as recipes
@@ -194,12 +194,12 @@ def verify_command(args: argparse.Namespace) -> int:
         return 1 if findings else 0
     print_errors(manifest["roles"])
     for finding in findings:
-        print(visible(finding), file=sys.stderr)
+        print(in_line(finding), file=sys.stderr)
     again = f"; {num_derived:,} units derived again and equal" if num_derived else ""
     if manifest["layout"] == "mtp":
         again += f"; {MANIFEST} speaks of {' and '.join(sorted(manifest['files']))} alone"
     what = f": {len(findings)} findings" if findings else f" is good{again}"
-    print(visible(f"`{args.dest}`{what}"))
+    print(in_line(f"`{args.dest}`{what}"))
     return 1 if findings else 0
 
 

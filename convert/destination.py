@@ -61,7 +61,8 @@ class Destination:
 
     def check_apart_from(self, source: Path) -> None:
         """Refuse a result in its source: it would be deleted with it, and uploaded with it."""
-        here, source = self.folder.resolve(), source.resolve()
+        # Not `resolve`, which raises at a loop of links.
+        here, source = Path(os.path.realpath(self.folder)), Path(os.path.realpath(source))
         if here.is_relative_to(source) and self.unfinished().head is None:
             where = "is the source" if here == source else "lies in the source"
             raise UserError(f"`{self.folder}` {where}", "choose a folder elsewhere as DEST")

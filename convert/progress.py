@@ -18,7 +18,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bar
 
-from mlx_dsv3.errors import visible
+from mlx_dsv3.errors import in_line
 from mlx_dsv3.sizes import size
 
 LINE_SECONDS = 10.0
@@ -72,7 +72,7 @@ class Progress:
         """Say one line, whatever the style."""
         self._emit("note", text=text)
         if self.style != "json":
-            print(visible(text), file=sys.stderr, flush=True)
+            print(in_line(text), file=sys.stderr, flush=True)
 
     def stop(self) -> None:
         """Take the bar away."""

@@ -13,10 +13,11 @@ from rich.table import Table
 from convert.dequantize import dequantize_blocks
 from convert.plan import Plan, role_rows
 from mlx_dsv3.checkpoint.format import EXPERT_KEY
-from mlx_dsv3.errors import visible
+from mlx_dsv3.errors import in_line
 from mlx_dsv3.sizes import size
 
 CACHE_DTYPE_BYTES = 2
+LEAST_WIDTH = 80  # a narrower terminal wraps the lines of a table
 PROBE_SHAPE = (2048, 2048)
 
 
@@ -30,7 +31,9 @@ def compact_table(*columns: str) -> Table:
 
 def print_table(table: Table) -> None:
     """Print a table whose words are nothing but words: `[/x]` and `:x:` are no markup."""
-    Console(markup=False, emoji=False).print(table)
+    console = Console(markup=False, emoji=False)
+    console.width = max(console.width, LEAST_WIDTH)  # in `COLUMNS=1` rich leaves out every word
+    console.print(table)
 
 
 def print_plan(plan: Plan, disk_peak: int | None) -> None:
@@ -50,7 +53,7 @@ def print_plan(plan: Plan, disk_peak: int | None) -> None:
             f"{8 * row.nbytes / row.weights:.2f}",
         )
     print_table(table)
-    source, memory, recipe = plan.source, memory_needs(plan), visible(plan.recipe.name)
+    source, memory, recipe = plan.source, memory_needs(plan), in_line(plan.recipe.name)
     print(
         f"\nsource  {len(source.tensors):,} tensors in {len(source.shard_bytes):,} shards, "
         f"{size(source.nbytes)}; {'with' if plan.with_mtp else 'without'} MTP layer\n"
@@ -144,11 +147,11 @@ def print_errors(roles: dict) -> None:
     for role, row in roles.items():
         worst = row.get("worst", {})
         table.add_row(
-            visible(role),
+            in_line(role),
             size(row["bytes"]),
             f"{row['bits_per_weight']:.2f}",
             f"{row.get('relative_rms_error', 0):.2%}",
             f"{worst.get('relative_rms_error', 0):.2%}",
-            visible(worst.get("tensor", "").removeprefix("model.")),
+            in_line(worst.get("tensor", "").removeprefix("model.")),
         )
     print_table(table)

@@ -27,6 +27,7 @@ EXTRAS = {
 }
 OURS = {"mlx_dsv3", "convert", "chat", "demo"}
 STDLIB = sys.stdlib_module_names
+ELSEWHERE = (ValueError, RuntimeError)  # how other packages tell what the system refused them
 INTERRUPTED, READER_GONE = 128 + signal.SIGINT, 141  # 128 + SIGPIPE, which Windows lacks
 
 # Control characters but newline and tab, the separators and directions of Unicode: what moves a
@@ -42,6 +43,11 @@ def visible(text: str) -> str:
     return text.translate(ESCAPES)
 
 
+def in_line(text: str) -> str:
+    """Return `visible` text on one line: a file's name may hold a sentence of its own."""
+    return visible(text).replace("\n", "\\n")
+
+
 class UserError(Exception):
     """One sentence that names what is wrong and where, and a hint with the next command."""
 
@@ -51,7 +57,7 @@ class UserError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        message, hint = (visible(text).replace("\n", "\\n") for text in (self.message, self.hint))
+        message, hint = map(in_line, (self.message, self.hint))
         return f"error: {message}" + (f"\n\nhint: {hint}" if hint else "")
 
 
@@ -127,6 +133,22 @@ def missing_package(error: ImportError) -> UserError | None:
     return UserError(f"this program needs {what}, which is not installed", hint)
 
 
+def refused_elsewhere(error: Exception) -> UserError | None:
+    """Say what the system refused to another package, which does not name it as an OSError."""
+    words = str(error)
+    if isinstance(error, ValueError) and "raise maximum limit" in words:  # while mlx-lm is imported
+        return UserError(
+            "the system allows this process fewer than the 4,096 open files that mlx-lm asks for",
+            "`ulimit -Hn` shows the hard limit; a container takes `--ulimit nofile=4096`",
+        )
+    if isinstance(error, RuntimeError) and words.startswith("filesystem error"):  # MLX, on a CPU
+        return UserError(
+            f"the folder of compiled kernels cannot be used: {words.partition(': ')[2]}",
+            "set TMPDIR to a folder that you may write to",
+        )
+    return None
+
+
 def tell(error: BaseException) -> int:
     """Print what the user can fix and return the exit status; raise any other error again."""
     if isinstance(error, KeyboardInterrupt):
@@ -139,6 +161,8 @@ def tell(error: BaseException) -> int:
         if isinstance(error, BrokenPipeError):  # as quiet as `cat` is
             return READER_GONE
         error = unusable(error) if error.strerror else error
+    if isinstance(error, ValueError | RuntimeError):
+        error = refused_elsewhere(error) or error
     if not isinstance(error, UserError):
         raise error
     print(error, file=sys.stderr)
@@ -169,7 +193,7 @@ def run_main(main: Callable[[], int | None]) -> int:
             status = end.code or 0
         sys.stdout.flush()
         return status
-    except (UserError, ImportError, OSError, KeyboardInterrupt) as error:
+    except (UserError, ImportError, *ELSEWHERE, OSError, KeyboardInterrupt) as error:
         try:
             return tell(error)
         except OSError as failure:
@@ -204,7 +228,7 @@ def imports(name: str) -> Iterator[None]:
     prepare()
     try:
         yield
-    except ImportError as error:
+    except (ImportError, *ELSEWHERE) as error:
         sys.exit(tell(error))
 
 

@@ -87,6 +87,11 @@ SETTINGS = {
 }
 
 
+def first_line(docstring: str | None) -> str:
+    """Return what a program's `--help` begins with; `python -OO` leaves no docstrings."""
+    return (docstring or "").partition("\n")[0]
+
+
 def number(name: str) -> Callable[[str], float]:
     """Return the parser of the option that gives a setting."""
     return lambda text: SETTINGS[name].parse(text, f"`--{name.replace('_', '-')}`")

@@ -4,6 +4,7 @@ Each program is a process of its own under an ordinary shell's odd conditions.
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -239,3 +240,67 @@ def test_ctrl_c_while_it_answers(demo, tokens):
         said += child.stdout.read()
         assert (child.wait(), child.stderr.read()) == (130, b"\n(stopped)")
     assert said.endswith(b"\n") and len(said) > tokens + 1
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        (
+            'ulimit -n 1024; $PY chat.py "$1" -p Hello',
+            "error: the system allows this process fewer",
+        ),
+        (
+            'ulimit -n 1024; $PY -m mlx_dsv3.parity "$1" none',
+            "error: the system allows this process fewer",
+        ),
+        (
+            'ln -s loop "$2"; $PY -m convert run "$2" "$2.out"',
+            "is not a folder\n\nhint: give a folder that holds config.json",
+        ),
+    ],
+)
+def test_what_is_refused_to_other_packages(demo, tmp_path, line, words):
+    """Each ended in a ValueError or a RuntimeError with its traceback."""
+    done = shell(line, demo, tmp_path / "loop")
+    assert done.returncode == 2 and words in done.stderr.decode(), done.stderr.decode()
+    assert "Traceback" not in done.stderr.decode()
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder that takes no folders")
+def test_a_temporary_folder_that_takes_no_files():
+    """MLX compiles its kernels for a CPU there, and says what fails in a RuntimeError."""
+    line = "from mlx_dsv3.errors import *; import mlx.core as mx; "
+    line += "f = mx.compile(lambda x: mx.exp(x) + 1); "
+    line += "run_program(lambda: mx.eval(f(mx.ones((4,), stream=mx.cpu), stream=mx.cpu)))"
+    line = line.replace(", stream=mx.cpu))", "))")
+    done = shell(f"$PY -c '{line}'", TMPDIR="/proc")
+    assert (done.returncode, b"set TMPDIR" in done.stderr) == (2, True), done.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    "program", ["chat.py", "-m convert", "-m mlx_dsv3.parity", "-m mlx_dsv3.reference.generate"]
+)
+def test_a_python_without_docstrings(program):
+    """`python -OO` has no docstrings, of which the help is made."""
+    done = shell(f"$PY -OO {program} --help")
+    assert done.returncode == 0 and done.stdout.startswith(b"usage:"), done.stderr.decode()
+
+
+def test_a_terminal_of_one_column_gets_every_word(demo):
+    """rich left the whole table out, and `verify` was silent on errors by role."""
+    done = shell('$PY -m convert verify "$1"', demo, COLUMNS="1")
+    assert b"experts_gate_up" in done.stdout, done.stdout.decode()
+
+
+def test_a_name_on_one_line_and_without_escapes(demo, tmp_path):
+    """A file's name ended the line, and the next one read as a verdict of ours."""
+    folder = tmp_path / "x\x1b[2J\n`y` is good"
+    shutil.copytree(demo, folder)
+    (folder / "a\n`b` is good.json").touch()
+    done = shell('$PY -m convert verify "$1"', folder)
+    words = done.stdout + done.stderr
+    assert done.returncode == 1 and b"\x1b" not in words
+    assert not any(line.startswith((b"`y", b"`b")) for line in words.splitlines()), words.decode()
+    golden = ROOT / "tests/golden/demo-fp8.safetensors"
+    done = shell('$PY -m mlx_dsv3.parity "$1" "$2"', folder, golden)
+    assert done.returncode == 0 and b"\x1b[2J" not in done.stdout, done.stderr.decode()

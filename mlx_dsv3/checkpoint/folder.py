@@ -37,7 +37,7 @@ from mlx_dsv3.checkpoint.headers import (
 from mlx_dsv3.checkpoint.hub import HEADER_REQUESTS, Repo, cached_snapshots, is_repo_id
 from mlx_dsv3.checkpoint.unfinished import how_to_finish, lacks_sidecar
 from mlx_dsv3.config import ModelArgs, read_config
-from mlx_dsv3.errors import UserError, visible
+from mlx_dsv3.errors import UserError, in_line
 from mlx_dsv3.sizes import gigabytes
 
 # What belongs to a model besides its weights.
@@ -153,7 +153,7 @@ def left_unfinished(path: Path, name: str, present: set[str]) -> set[str]:
     if not lacks_sidecar(path):
         return set()
     note = f"`{name}` is used without its MTP layer, which `{command}` has yet to finish"
-    print(visible(note), file=sys.stderr)
+    print(in_line(note), file=sys.stderr)
     return {SIDECAR}
 
 

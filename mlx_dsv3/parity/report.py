@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from mlx_dsv3.errors import UserError, check_writable
+from mlx_dsv3.errors import UserError, check_writable, in_line
 from mlx_dsv3.parity.bounds import Verdict
 from mlx_dsv3.parity.differences import TokenDifferences
 from mlx_dsv3.parity.golden import Golden
@@ -107,14 +107,14 @@ def print_report(golden: Golden, about: dict, verdict: Verdict) -> None:
 
 def print_origin(golden: Golden, about: dict) -> None:
     source, num = golden.about, len(golden.prompts)
-    print(
+    lines = (
         f"golden  {source['model']}, {source['arithmetic']} on {source['device']}, torch "
-        f"{source['torch']}, {num} prompt{'s' * (num > 1)}, {golden.num_tokens} tokens"
-    )
-    print(
+        f"{source['torch']}, {num} prompt{'s' * (num > 1)}, {golden.num_tokens} tokens",
         f"model   {about['model']}, recipe {about['recipe']}, activations {about['activations']}, "
-        f"experts {about['experts']}, {about['mode']}"
+        f"experts {about['experts']}, {about['mode']}",
     )
+    for line in lines:
+        print(in_line(line))
     if about["same_source"] is False:
         print("note: the golden file was recorded from other shards than the model's")
 

@@ -8,7 +8,7 @@ they equal the token so chosen (spec 4.5), so the text does not depend on `--dra
 the model is divided among the processes (`parallel.py`).
 """
 
-from mlx_dsv3.errors import UserError, imports, run_program
+from mlx_dsv3.errors import UserError, imports, run_program, visible
 
 with imports(__name__):
     import argparse
@@ -21,7 +21,7 @@ with imports(__name__):
     from tokenizers import Tokenizer
     from torch import Tensor
 
-    from mlx_dsv3.options import Parser, number, whole
+    from mlx_dsv3.options import Parser, first_line, number, whole
     from mlx_dsv3.reference import parallel, source, weights
     from mlx_dsv3.reference.args import Args
     from mlx_dsv3.reference.model import Model
@@ -135,9 +135,7 @@ def generate(
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m mlx_dsv3.reference.generate", description=__doc__.split("\n")[0]
-    )
+    parser = Parser(prog="python -m mlx_dsv3.reference.generate", description=first_line(__doc__))
     source.add_options(parser)
     parser.add_argument("-p", "--prompt", required=True, help="text, with its role tokens")
     parser.add_argument("--max-tokens", type=whole("--max-tokens", 1), default=100)
@@ -190,7 +188,8 @@ def run(args: argparse.Namespace, device: str) -> int:
             tokens.append(token)
     finally:  # Ctrl-C too: what was said is said
         if tokens and parallel.rank() == 0:
-            print(tokenizer.decode(tokens))
+            text = tokenizer.decode(tokens)
+            print(visible(text) if sys.stdout.isatty() else text)
     if counts.drafted and parallel.rank() == 0:
         print(f"{counts.accepted} of {counts.drafted} drafts accepted", file=sys.stderr)
     return 0

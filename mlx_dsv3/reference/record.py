@@ -7,7 +7,7 @@ command resumes after the last finished layer. `python -m mlx_dsv3.parity MODEL 
 the file against an MLX conversion, on a machine that has neither the checkpoint nor torch.
 """
 
-from mlx_dsv3.errors import UserError, imports, read_text, run_program
+from mlx_dsv3.errors import UserError, imports, in_line, read_text, run_program
 
 with imports(__name__):
     import argparse
@@ -22,7 +22,7 @@ with imports(__name__):
     from torch import Tensor
 
     from mlx_dsv3.json_files import parse_json
-    from mlx_dsv3.options import Parser, whole
+    from mlx_dsv3.options import Parser, first_line, whole
     from mlx_dsv3.reference import golden, source
     from mlx_dsv3.reference.hub import HubTensors
     from mlx_dsv3.reference.stream import TOP, Stream
@@ -211,7 +211,7 @@ def recorded_bytes(stream: Stream, prompts: list[Tensor], count: int | None) -> 
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m mlx_dsv3.reference.record", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m mlx_dsv3.reference.record", description=first_line(__doc__))
     source.add_options(parser)
     golden_help = "file to write, in safetensors' format under any name; parity reads it"
     parser.add_argument("golden", metavar="GOLDEN", help=golden_help)
@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
         work.close()
     size, num = Path(args.golden).stat().st_size / 1e6, len(args.prompt_file)
     print(
-        f"`{args.golden}` holds {num} prompt{'s' * (num > 1)}, {size:.1f} MB: "
+        f"`{in_line(args.golden)}` holds {num} prompt{'s' * (num > 1)}, {size:.1f} MB: "
         f"{metadata['arithmetic']} on {metadata['device']}"
     )
     return 0

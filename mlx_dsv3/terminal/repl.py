@@ -9,6 +9,7 @@ from pathlib import Path
 from mlx_dsv3.conversation.messages import clean
 from mlx_dsv3.conversation.session import End, Event, Session, Text
 from mlx_dsv3.errors import UserError, visible
+from mlx_dsv3.options import first_line
 from mlx_dsv3.terminal.statistics import stats_lines, stats_values, stats_words
 
 HINT_AT_CTRL_C = "(/exit or Ctrl-D leaves)"
@@ -72,7 +73,7 @@ class Leave(Exception):
 def show_help(chat: Chat) -> None:
     """Show these commands."""
     for name, command in COMMANDS.items():
-        print(f"  {name:<8} {command.__doc__.splitlines()[0]}", file=sys.stderr)
+        print(f"  {name:<8} {first_line(command.__doc__)}", file=sys.stderr)
     print("  Ctrl-C   Stop the reply and keep what was said.", file=sys.stderr)
 
 
