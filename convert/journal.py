@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from convert.disk import flush, naming, write_at
-from mlx_dsv3.checkpoint.unfinished import command_in, journal_line, parse_line
+from mlx_dsv3.checkpoint.unfinished import (
+    MOST_LINE_BYTES,
+    command_in,
+    journal_line,
+    journal_lines,
+    parse_line,
+)
 from mlx_dsv3.errors import UserError
 
 KINDS = {"head", "unit", "synced", "finishing"}
@@ -44,13 +50,15 @@ class Journal:
         if path.exists():
             if not path.is_file():  # a pipe would wait for ever
                 raise foreign(path, "is not a file")
-            self._read(path.read_bytes())
+            self._read()
         self._file = None
 
-    def _read(self, data: bytes) -> None:
+    def _read(self) -> None:
         place = 0
-        for raw in data.splitlines(keepends=True):
+        for raw in journal_lines(self.path):
             place += len(raw)
+            if len(raw) == MOST_LINE_BYTES:
+                raise foreign(self.path, f"has a line of {MOST_LINE_BYTES:,} bytes or more")
             text = parse_line(raw)
             if text is None:
                 return

@@ -172,3 +172,12 @@ def test_whole_lines_that_say_something_else(tmp_path):
             refused += 1
             assert error.message.startswith(f"`{path}` was written by another version")
     assert 500 < refused < 1000
+
+
+def test_a_line_without_end(tmp_path):
+    """Thirty megabytes of empty lists took minutes and a gigabyte, with a right checksum."""
+    path = tmp_path / "journal"
+    entry = {"unit": 0, "sha256": "", "errors": [[]] * 1_000_000}
+    path.write_bytes(write(path, 1, 1) + journal_line(entry))
+    with pytest.raises(UserError, match="has a line of 1,048,576 bytes or more"):
+        Journal(path)

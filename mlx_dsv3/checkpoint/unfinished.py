@@ -11,11 +11,13 @@ but for its sidecar: `convert mtp` is at work there, or nothing but `.partial` i
 import json
 import shlex
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from mlx_dsv3.checkpoint.format import PARTIAL, SIDECAR
 
 JOURNAL = "journal"
+MOST_LINE_BYTES = 1 << 20  # of V3's: some 20 KB for the names of its shards
 MOST_LETTERS = 10_000  # of a command line: a folder from elsewhere may hold a journal
 
 
@@ -29,6 +31,12 @@ def parse_line(raw: bytes) -> bytes | None:
     """Return the text of a line, or None where the line is torn."""
     checksum, _, text = raw.rstrip(b"\n").partition(b" ")
     return text if raw.endswith(b"\n") and checksum == b"%08x" % zlib.crc32(text) else None
+
+
+def journal_lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a journal; of one that is too long, its first bytes as a torn one."""
+    with open(path, "rb") as file:
+        yield from iter(lambda: file.readline(MOST_LINE_BYTES), b"")
 
 
 def command_in(head: object) -> list[str]:
@@ -49,7 +57,7 @@ def how_to_finish(folder: Path, name: str) -> str:
     As it was begun where the journal says so; `name` is what the user calls the folder.
     """
     words, path = [], folder / PARTIAL / JOURNAL
-    for raw in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
+    for raw in journal_lines(path) if path.is_file() else ():
         text = parse_line(raw)
         if text and text.startswith(b'{"head":'):
             words = command_in(_head(text)) or words
