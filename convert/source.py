@@ -175,7 +175,7 @@ def needed_shards(folder: Path, args: ModelArgs, only_mtp: bool) -> dict[str, li
 
 def copied_files(folder: Path) -> list[Path]:
     """Return the source's tokenizer, template, licence and code files."""
-    found = {path for pattern in COPIED for path in folder.glob(pattern) if path.is_file()}
+    found = {path for pattern in COPIED for path in folder.glob(pattern) if not path.is_dir()}
     return sorted(found)
 
 
@@ -186,6 +186,8 @@ def check_copies(folder: Path) -> None:
         if name != path.name:
             hint = "rename or remove it: conversion.json could not list it"
             raise UserError(f"`{name}` in `{folder}` has a name that is not UTF-8", hint)
+        if not path.is_file():  # a link to nothing, in half a cache; or a pipe, which would wait
+            raise UserError(f"`{path}` is not a file", "fetch the file again, or remove it")
         open(path, "rb").close()
 
 

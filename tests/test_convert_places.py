@@ -158,6 +158,9 @@ def test_files_that_cannot_be_copied_are_refused_at_once(hub, tmp_path, capsys, 
         pytest.skip("this disk takes no such name")
     assert "is not UTF-8" in refused(capsys, "run", hub, tmp_path / "out")
     (hub / name).unlink()
+    (hub / "tokenizer.json").symlink_to("nowhere")
+    assert "tokenizer.json` is not a file" in refused(capsys, "run", hub, tmp_path / "out")
+    (hub / "tokenizer.json").unlink()
     (hub / "tokenizer.json").write_text("{}")
     real = open
 
