@@ -71,8 +71,8 @@ def parse_header(path: Path, raw: bytes, file_bytes: int) -> dict[str, TensorInf
     """
     place, entries = 8 + len(raw), parse_json(raw, f"the safetensors header of `{path}`")
     about = entries.pop("__metadata__", None)
-    texts = about.values() if isinstance(about, dict) else [about or ""]
-    if not all(isinstance(text, str) for text in texts):
+    about = {} if about is None else about
+    if not isinstance(about, dict) or not all(isinstance(text, str) for text in about.values()):
         raise UserError(f"`__metadata__` in `{path}` holds something else than texts", AGAIN)
     tensors = {name: _entry(path, name, place, entry) for name, entry in entries.items()}
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):

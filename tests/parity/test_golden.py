@@ -279,6 +279,7 @@ HEADERS = [
     {"a": ENTRY | {"dtype": "I64", "shape": [2]}},  # of no golden file
     {"__metadata__": {"format": 1}, "a": ENTRY},
     {"__metadata__": [], "a": ENTRY},
+    {"__metadata__": "F32", "a": ENTRY},
     {"__metadata__": {"format": [[]]}, "a": ENTRY},
     [],
 ]
