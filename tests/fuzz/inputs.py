@@ -186,9 +186,13 @@ def change_journal(rng: random.Random, data: bytes) -> tuple[bytes, str]:
     return b"".join(lines), f"line {i}: {what}"
 
 
+MOST_SEALED = 4 << 20  # bytes: a larger one would be this program's memory, and is refused unread
+
+
 def seal(folder: Path) -> str:
     """Make the checksums of conversion.json right for what lies in the folder."""
-    if not (folder / MANIFEST).is_file():
+    file = folder / MANIFEST
+    if not file.is_file() or file.stat().st_size > MOST_SEALED:
         return "not to be sealed"
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
