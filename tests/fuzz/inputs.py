@@ -72,6 +72,7 @@ JOBS = {
     "state": (["state", MLX, "state.safetensors"], ["state.safetensors", MLX]),
 }
 LINE = "command line"
+MOST_BYTES = 4 << 20  # of what is parsed here: a bomb would be this program's memory, not theirs
 SEEDS = [HUB, MLX, "stacked", "half", GOLDEN, CUT, "state.safetensors", TEXT, IDS, "recipe.json"]
 NUMBERS = [
     *("0", "1", "2", "-1", "1.5", "nan", "inf", "-inf", "1e400", "1e-400", "0x10", "1_000", " 4"),
@@ -163,7 +164,7 @@ def change_one(rng: random.Random, place: Path) -> str:
 
 
 def change_content(rng: random.Random, path: Path, data: bytes) -> tuple[bytes, str]:
-    if rng.random() < 0.15:
+    if rng.random() < 0.15 or len(data) > MOST_BYTES:
         return changes.change_bytes(rng, data)
     if path.suffix == ".safetensors":
         way = rng.choice((changes.change_header, changes.change_tensors))
@@ -186,13 +187,10 @@ def change_journal(rng: random.Random, data: bytes) -> tuple[bytes, str]:
     return b"".join(lines), f"line {i}: {what}"
 
 
-MOST_SEALED = 4 << 20  # bytes: a larger one would be this program's memory, and is refused unread
-
-
 def seal(folder: Path) -> str:
     """Make the checksums of conversion.json right for what lies in the folder."""
     file = folder / MANIFEST
-    if not file.is_file() or file.stat().st_size > MOST_SEALED:
+    if not file.is_file() or file.stat().st_size > MOST_BYTES:
         return "not to be sealed"
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
