@@ -188,7 +188,9 @@ def _is_head(head: dict) -> bool:
 
 
 def _are_indexes(units: object) -> bool:
-    return isinstance(units, list) and all(type(index) is int for index in units)
+    """Say whether these are numbers of units, each once."""
+    are_numbers = isinstance(units, list) and all(type(index) is int for index in units)
+    return are_numbers and len(set(units)) == len(units)
 
 
 def _are_sums(pair: object) -> bool:

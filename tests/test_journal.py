@@ -174,6 +174,15 @@ def test_whole_lines_that_say_something_else(tmp_path):
     assert 500 < refused < 1000
 
 
+def test_a_unit_is_synced_once(tmp_path):
+    """A mark that names a unit twice was a KeyError."""
+    path = tmp_path / "journal"
+    unit = {"unit": 1, "sha256": "7f", "errors": []}
+    path.write_bytes(b"".join(map(journal_line, [{"head": HEAD}, unit, {"synced": [1, 1]}])))
+    with pytest.raises(UserError, match="was written by another version"):
+        Journal(path)
+
+
 def test_a_line_without_end(tmp_path):
     """Thirty megabytes of empty lists took minutes and a gigabyte, with a right checksum."""
     path = tmp_path / "journal"
