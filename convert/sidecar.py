@@ -49,8 +49,8 @@ def plan_sidecar(source: Source, folder: Path) -> Plan:
     if not is_begun and ((folder / SIDECAR).exists() or (folder / MANIFEST).exists()):
         raise UserError(
             f"`{folder}` comes from this converter or has `{SIDECAR}` already",
-            "`python -m convert verify DEST` checks what is there; `python -m convert run SOURCE "
-            "OTHER` converts anew, with the MTP layer",
+            "with the file nothing is lacking; `python -m convert run SOURCE DEST` converts with "
+            "the MTP layer",
         )
     if "quantization" not in config and config.get("quantization_config"):
         raise UserError(

@@ -139,7 +139,7 @@ def refused_elsewhere(error: Exception) -> UserError | None:
     if isinstance(error, ValueError) and "raise maximum limit" in words:  # while mlx-lm is imported
         return UserError(
             "the system allows this process fewer than the 4,096 open files that mlx-lm asks for",
-            "`ulimit -Hn` shows the hard limit; a container takes `--ulimit nofile=4096`",
+            "`ulimit -Hn` shows the hard limit, which a container is given where it is started",
         )
     if isinstance(error, RuntimeError) and words.startswith("filesystem error"):  # MLX, on a CPU
         return UserError(

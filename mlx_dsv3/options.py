@@ -88,7 +88,7 @@ SETTINGS = {
 
 
 def first_line(docstring: str | None) -> str:
-    """Return what a program's `--help` begins with; `python -OO` leaves no docstrings."""
+    """Return what a program's `--help` begins with; the flag `-OO` leaves no docstrings."""
     return (docstring or "").partition("\n")[0]
 
 

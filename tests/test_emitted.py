@@ -5,6 +5,8 @@ so the exact joint distribution of the first two tokens is known. Every seed is 
 through draft, verification and acceptance.
 """
 
+from dataclasses import replace
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -44,9 +46,8 @@ class Table(nn.Module):
 
 @pytest.fixture
 def models() -> tuple[Model, Table]:
-    sizes = {"num_hidden_layers": 0, "first_k_dense_replace": 0}
-    args = tiny.A | sizes | {"vocab_size": SIZE, "hidden_size": 8}
-    model = Model(ModelArgs.from_dict(args))
+    args = ModelArgs.from_dict(tiny.A | {"vocab_size": SIZE, "hidden_size": 8})
+    model = Model(replace(args, num_hidden_layers=0))
     model.model.embed_tokens.weight = mx.random.normal((SIZE, 8))
     model.lm_head.weight = mx.random.normal((SIZE, 8))
     table = Table(model)

@@ -153,7 +153,7 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
 def parse(argv: list[str]) -> argparse.Namespace:
     """Read the command line; the first word may be a command, else it is MODEL of a replay."""
     command = argv[0] if argv and argv[0] in COMMANDS else None
-    usage = (__doc__ or "\n\n").split("\n\n")  # `python -OO` leaves no docstrings
+    usage = (__doc__ or "\n\n").split("\n\n")  # without docstrings, as with `-OO`
     parser = Parser(
         prog=f"python -m mlx_dsv3.parity{f' {command}' if command else ''}",
         description=usage[0],

@@ -148,7 +148,7 @@ def test_plan_names_what_takes_memory(demo_q4):
 
 @pytest.mark.parametrize("how", [["--plan"], ["-p", "Hi"]])
 def test_refused_before_the_load(demo_q4, tmp_path, how):
-    refused(run(demo_q4, *how, "--trace", tmp_path / "absent" / "trace"), "cannot be written")
+    refused(run(demo_q4, *how, "--trace", tmp_path / "absent" / "trace"), "cannot be used")
     shutil.copytree(demo_q4, tmp_path / "bare", ignore=shutil.ignore_patterns("mtp.*"))
     done = run(tmp_path / "bare", *how, "--drafts", "2")
     refused(done, "has no `mtp.safetensors`", "python -m convert mtp SOURCE FOLDER")

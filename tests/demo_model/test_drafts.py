@@ -163,9 +163,11 @@ def test_a_saved_conversation_without_the_module(loaded, ask, demo_q4, tmp_path)
     plain = identical.load(demo_q4, with_mtp=False)
     without = load_state(path, plain.model)
     assert reply(plain, second, without) == expected and without.mtp_cache is None
+    without.save(path, plain.model)
+    again = load_state(path, loaded.model)
     with pytest.raises(UserError, match="needs an MTP cache"):
-        reply(loaded, second, without, drafts=2)
-    assert reply(loaded, second, without) == expected  # auto: plain
+        reply(loaded, second, again, drafts=2)
+    assert reply(loaded, second, again) == expected  # auto: plain
 
 
 def test_a_quantisation_has_its_own_saved_conversations(loaded, converted):
