@@ -86,10 +86,11 @@ def test_loads_and_drops_leave_nothing(folder, mode, way, monkeypatch):
 def test_threads_are_for_reading_alone(folder):
     """With all experts in memory twelve threads waited for nothing."""
     threads = threading.active_count()
-    with use(folder, experts="resident"):
-        assert threading.active_count() == threads
-    with use(folder, **STREAMED):
-        assert threading.active_count() > threads
+    loaded = use(folder, experts="resident")
+    assert threading.active_count() == threads
+    loaded = use(folder, **STREAMED)
+    assert threading.active_count() > threads
+    loaded.close()
     assert threading.active_count() == threads
 
 

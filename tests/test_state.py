@@ -229,8 +229,7 @@ def test_a_state_of_other_experts_is_refused(tmp_path):
         write_mlx(folder, config, mixed, packing=packing)
         if kind == "bits":
             pack_down_in_8_bits(folder, config, mixed)
-        with load_model(open_folder(folder, with_mtp=False)) as loaded:
-            found.add(fingerprint(loaded.model))
+        found.add(fingerprint(load_model(open_folder(folder, with_mtp=False)).model))
     assert len(found) == 3
 
 
