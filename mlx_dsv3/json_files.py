@@ -16,6 +16,7 @@ from mlx_dsv3.errors import UserError, read_text
 
 MOST_BYTES = 4 << 20  # of a file for which nothing else is said; V3's config.json has 2 KB
 MOST_VALUES = 500_000  # an index of Kimi-K2 has 207,000; a name and a number take 261 bytes
+MOST_WORDS = 2_000_000  # of a tokenizer.json: V3's ids and merges are 260,000, as pairs 520,000
 MOST_LEVELS = 32
 MOST_DIGITS = 100  # `model_max_length` of many tokenizers has 31
 AGAIN = "fetch the file again; a download that stopped half-way looks like this"
@@ -52,8 +53,7 @@ def parse_json(text: str | bytes, name: str, hint: str = AGAIN, kind: type = dic
 
     try:
         text = text if isinstance(text, str) else text.decode()
-        if sum(text.count(c) for c in "[{,") > MOST_VALUES:
-            refuse(f"holds more than {MOST_VALUES:,} values")
+        check_count(text, name, hint)
         value = json.loads(
             text,
             object_pairs_hook=once,
@@ -74,6 +74,12 @@ def parse_json(text: str | bytes, name: str, hint: str = AGAIN, kind: type = dic
     if not _is_flat(value):
         refuse(DEEP)
     return value
+
+
+def check_count(text: str, name: str, hint: str = AGAIN, most: int = MOST_VALUES) -> None:
+    """Refuse a text of JSON that holds more values than `most`, whoever is to read it."""
+    if sum(text.count(c) for c in "[{,") > most:
+        raise UserError(f"{name} holds more than {most:,} values", hint)
 
 
 LONG = "holds a number of {:,} digits"

@@ -18,12 +18,13 @@ from transformers import PreTrainedConfig
 
 from mlx_dsv3.config import ModelArgs, end_tokens
 from mlx_dsv3.errors import UserError, read_text
-from mlx_dsv3.json_files import read_json
+from mlx_dsv3.json_files import MOST_WORDS, check_count, read_json
 
 FROM_THE_HUB = "copy the tokenizer files of this model from the hub"
 # How transformers says which packages a repository's own code imports in vain.
 NOT_INSTALLED = re.compile(r"not found in your environment: (.+?)\. Run")
-FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+VOCABULARIES = ("tokenizer.json", "vocab.json")
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 NO_LIMIT = int(1e30)  # transformers' own word for it; how long a prompt may be is ours to say
 
 
@@ -81,11 +82,13 @@ def silenced() -> Iterator[None]:
 
 def check_files(folder: Path) -> None:
     """Refuse what the other packages would read for ever, or into memory whatever its size."""
-    for path in map(folder.joinpath, FILES):
-        if path.exists():
-            read_text(path)  # V3's tokenizer.json has 8 MB: 20 ms
-    if (folder / "tokenizer_config.json").exists():
-        read_json(folder / "tokenizer_config.json", hint=FROM_THE_HUB)
+    for path in filter(Path.exists, map(folder.joinpath, VOCABULARIES)):
+        text = read_text(path)  # V3's tokenizer.json has 8 MB: 20 ms
+        check_count(text, f"`{path}`", FROM_THE_HUB, MOST_WORDS)
+    for path in filter(Path.exists, map(folder.joinpath, SETTINGS)):
+        read_json(path, hint=FROM_THE_HUB)
+    if (folder / "chat_template.jinja").exists():
+        read_text(folder / "chat_template.jinja")
 
 
 def refusal(folder: Path, error: BaseException) -> UserError:

@@ -116,6 +116,14 @@ def test_a_tokenizer_that_panics(refused, source, prompt):
     refused(file=text)
 
 
+def test_a_tokenizer_of_too_many_values(refused, source, prompt):
+    """30 MB of empty lists took 700 MB."""
+    (source / "tokenizer.json").write_text('{"a": [' + "[]," * 10**6 + "[]]}")
+    text = prompt.with_name("text.txt")
+    text.write_text("w1 w2 w3 w4")
+    assert "tokenizer.json` holds more than 2,000,000 values" in refused(file=text)
+
+
 def test_a_tokenizer_without_words(refused, source, prompt):
     """It was opened, and the first word that it lacks ended the program in a bare Exception."""
     model = {"type": "WordLevel", "vocab": {}, "unk_token": "w0"}

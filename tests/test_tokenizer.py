@@ -168,7 +168,22 @@ def test_other_packages_print_nothing(folder, capfd, is_good):
     assert capfd.readouterr() == ("heard\n", "")
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+LISTS = '{"a": [' + "[]," * 10**6 + "[]]}"
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "vocab.json", "special_tokens_map.json", "added_tokens.json"]
+)
+def test_files_of_too_many_values(folder, name):
+    """30 MB of empty lists took 3 GB and 24 s, three of these files in other packages' readers."""
+    (folder / name).write_text(LISTS)
+    assert f"`{folder / name}` holds more than " in refusal(folder).message
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"],
+)
 def test_files_that_would_be_read_for_ever(folder, name):
     """A pipe in their place waited for a writer; a huge one was read into memory."""
     (folder / name).unlink(missing_ok=True)

@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer
 
 from mlx_dsv3.errors import UserError, read_text
+from mlx_dsv3.json_files import MOST_WORDS, check_count
 from mlx_dsv3.reference import backends, weights
 from mlx_dsv3.reference.args import Args, check_tokens
 from mlx_dsv3.reference.hub import HubTensors
@@ -97,6 +98,7 @@ def open_tokenizer(folder: Path) -> Tokenizer:
         hint = "download it; a recording also takes a `.json` file with one list of token ids"
         raise UserError(f"`{folder}` has no tokenizer.json", hint)
     text = read_text(file)
+    check_count(text, f"`{file}`", most=MOST_WORDS)
     try:
         tokenizer = Tokenizer.from_str(text)
         tokenizer.encode("Hello", add_special_tokens=False)  # a word that it may lack

@@ -168,7 +168,8 @@ def change_file(rng: random.Random, path: Path) -> str:
     if kind == "extra":
         name = rng.choice(("chat_template.jinja", "added_tokens.json", "special_tokens_map.json"))
         name = rng.choice((name, "model-x.safetensors", "model.safetensors", "\x1b[2J.json"))
-        (path.parent / name).write_text(rng.choice(STRINGS), errors="surrogatepass")
+        text = rng.choice((rng.choice(STRINGS), rng.choice(VALUES), f'{{"a": {BOMB}}}'))
+        (path.parent / name).write_text(text, errors="surrogatepass")
         return f"{ascii(name)} beside it"
     path.unlink()
     others = sorted(file for file in path.parent.iterdir() if file.is_file())
