@@ -106,7 +106,7 @@ def attend_group(q_nope, q_pe, latent, k_pe, embed_q, unembed_out, scale, size):
 
     Keys are cut at the block's last position, so the part of a causal square that is masked anyway
     is mostly not computed. Each block is evaluated: MLX interleaves what a graph lets it, and
-    would hold the scores of some twenty blocks at once.
+    would hold the scores of many blocks at once.
     """
     k = embed_q(latent, transpose=False)  # (B, h, S, N)
     k = mx.concatenate([k, mx.broadcast_to(k_pe, (*k.shape[:3], k_pe.shape[-1]))], axis=-1)
