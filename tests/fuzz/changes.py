@@ -283,8 +283,10 @@ def change_metadata(rng: random.Random, metadata: dict) -> str:
         metadata[key], what = change_json(rng, old)
         return f"metadata {key}: {what}"
     words = old.split() or [""]
-    words[rng.randrange(len(words))] = rng.choice((*NUMBERS, *STRINGS))
-    new = rng.choice((" ".join(words), rng.choice(STRINGS), None))
+    i = rng.randrange(len(words))
+    words[i] = rng.choice(NUMBERS if words[i].isdigit() else STRINGS)
+    changed = " ".join(words)
+    new = rng.choice((changed, changed, rng.choice((*STRINGS, *NUMBERS)), None))
     if new is None:
         del metadata[key]
     else:

@@ -31,7 +31,7 @@ def resume_chat(argv: list[str]) -> None:
     """Read a saved conversation and go on with it; no program does yet."""
     loaded = load_model(argv[0])
     state = load_state(argv[1], loaded.model)
-    mx.eval(loaded.model(mx.array([[*state.ids[-2:], 3]]), state.cache))
+    mx.eval(loaded.model(mx.array([[*state.ids, 3]]), state.cache))
     loaded.store.close()
 
 
