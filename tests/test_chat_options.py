@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -188,6 +189,20 @@ def test_a_trace_holds_every_choice_until_it_is_closed(tmp_path):
     assert list(map(json.loads, lines)) == [[3, [[1, 2], [5, 0]]], [4, [[7, 2]]]]
     trace.close()
     assert store.on_route is None
+
+
+def test_a_trace_into_a_pipe_that_nobody_reads(tmp_path):
+    """It waited for a reader, for ever, once the model was loaded."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="pipe"):
+        Trace(SimpleNamespace(on_route=None), tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    store = SimpleNamespace(on_route=None)
+    trace = Trace(store, tmp_path / "pipe")
+    store.on_route(3, np.array([[1, 2]], np.int32))
+    assert os.read(reader, 100) == b"[3, [[1, 2]]]\n"
+    trace.close()
+    os.close(reader)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")

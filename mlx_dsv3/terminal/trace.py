@@ -5,6 +5,7 @@ Layers whose experts are all in memory then read their ids back too, which costs
 that they otherwise save.
 """
 
+import os
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -12,11 +13,17 @@ from pathlib import Path
 from mlx_dsv3.errors import visible
 
 
+def open_now(path: str, flags: int) -> int:
+    """Open a file, or a pipe that somebody reads; another one would wait for ever."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)
+
+
 class Trace:
     """Writes what a store's layers choose until it is closed, or the file takes no more."""
 
     def __init__(self, store, path: Path):
-        self.file = path.open("w", encoding="utf-8", buffering=1)
+        self.file = open(path, "w", encoding="utf-8", buffering=1, opener=open_now)
+        os.set_blocking(self.file.fileno(), True)
         self.store, store.on_route = store, self.write
 
     def write(self, layer: int, experts) -> None:
