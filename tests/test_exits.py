@@ -210,8 +210,10 @@ def test_an_error_without_a_number_is_a_bug():
 
 def test_ctrl_c_as_python_ends():
     """Torch's atexit function answered a second Ctrl-C with a traceback."""
-    code = "import atexit, time; atexit.register(lambda: (print(flush=True), time.sleep(60)))"
-    program = f"from mlx_dsv3.errors import run_program; run_program(lambda: exec({code!r}))"
+    program = (
+        "import atexit, time\nfrom mlx_dsv3.errors import run_program\n"
+        "atexit.register(lambda: (print(flush=True), time.sleep(60)))\nrun_program(lambda: 0)"
+    )
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, **pipes) as child:
         child.stdout.readline()

@@ -140,7 +140,9 @@ def test_the_hint_about_remote_code_can_be_followed(converted, perplexity, tmp_p
     config |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
     (folder / "tokenizer_config.json").unlink()
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "own.py").write_text("from transformers import PreTrainedTokenizerFast as Own\n")
+    # A class of its own: transformers notes in the class that it came from outside.
+    code = "from transformers import PreTrainedTokenizerFast as Fast\nclass Own(Fast): pass\n"
+    (folder / "own.py").write_text(code)
     with pytest.raises(UserError, match="own code, which nobody allowed") as caught:
         parity.main(["perplexity", str(folder), LONG_TEXT])
     assert "`--trust-remote-code` runs it" in caught.value.hint
