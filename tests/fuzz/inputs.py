@@ -242,7 +242,7 @@ def change_line(rng: random.Random, argv: list[str]) -> list[str]:
             argv.append(rng.choice(action.option_strings))
             if action.nargs != 0:
                 argv.append(value_for(rng, action))
-        elif kind == "replace":
+        elif kind == "replace" and len(argv) > 1:
             argv[rng.randrange(1, len(argv))] = any_word(rng)
         elif kind == "drop" and len(argv) > 1:
             argv.pop(rng.randrange(1, len(argv)))

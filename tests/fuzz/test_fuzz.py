@@ -34,6 +34,13 @@ def test_damaged_inputs_are_answered():
 
 
 @forks
+def test_a_line_without_words():
+    """The generator replaced a word where an earlier change had dropped the last one."""
+    done = lane("--seed", "1007", "--only", "1995")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@forks
 @pytest.mark.slow
 def test_planted_mistakes_are_found():
     """A lane that finds nothing proves nothing: so mistakes are planted in eleven checks."""
