@@ -21,7 +21,7 @@ from mlx_dsv3.errors import (
 )
 
 with imports(__name__):
-    from mlx_dsv3.conversation.settings import make_sampler
+    from mlx_dsv3.conversation.settings import chat_settings
     from mlx_dsv3.decoding.draft_control import fixed_drafts
     from mlx_dsv3.options import Parser, first_line, number
     from mlx_dsv3.terminal.trace import Trace
@@ -126,7 +126,7 @@ def open_chat(options: argparse.Namespace):
     from mlx_dsv3.terminal.repl import Chat
     from mlx_dsv3.terminal.start import tell_start
 
-    sampler = make_sampler(folder.path, vars(options))
+    settings = chat_settings(folder.path, vars(options))
     loaded = load(
         folder,
         trust_remote_code=options.trust_remote_code,
@@ -135,13 +135,7 @@ def open_chat(options: argparse.Namespace):
     )
     if options.stats == "line":
         tell_start(loaded, options.context)
-    session = Session(
-        loaded,
-        system=options.system,
-        sampler=sampler,
-        max_tokens=options.max_tokens,
-        drafts=options.drafts,
-    )
+    session = Session(loaded, system=options.system, settings=settings, drafts=options.drafts)
     return Chat(session, options.stats)
 
 

@@ -309,7 +309,8 @@ plan = plan_memory(folder, experts=experts, context=tokens + 16, **budget)
 with load_model(folder, plan=plan) as loaded:
     mx.reset_peak_memory()
     ids = np.random.default_rng(0).integers(0, loaded.args.vocab_size, tokens).tolist()
-    prefill(loaded.model, loaded.mtp, make_state(loaded), ids, plan.prefill_chunk)
+    for _ in prefill(loaded.model, loaded.mtp, make_state(loaded), ids, plan.prefill_chunk):
+        pass
     peak = mx.get_peak_memory()
 print(json.dumps([resident('VmHWM') - before, peak, plan.total_bytes]))
 """

@@ -52,7 +52,8 @@ def start(subject: Subject, ids: list[int], drafts=1, sampler=None) -> Stepper:
     """Prefill a prompt; return what decodes on from there."""
     cache = None if drafts == 0 else subject.mtp.make_cache()
     state = State(subject.model.make_cache(), cache)
-    prefill(subject.model, subject.mtp, state, ids, subject.chunk)
+    for _ in prefill(subject.model, subject.mtp, state, ids, subject.chunk):
+        pass
     return Stepper(subject.model, subject.mtp, state, sampler or Sampler(), subject.mask)
 
 

@@ -65,6 +65,15 @@ class Piece:
     stats: Stats
 
 
+@dataclass(frozen=True)
+class Prefill:
+    """How far the prompt is: tokens of it that were held already, are computed, and all."""
+
+    reused: int
+    done: int
+    total: int
+
+
 def make_state(loaded: Loaded, with_drafts: bool = True) -> State:
     """Return an empty state for a model, with an MTP cache where it has the module."""
     has_mtp = loaded.mtp is not None and with_drafts
@@ -127,23 +136,39 @@ def check_ids(loaded: Loaded, ids: list[int]) -> None:
         )
 
 
-def prefill(model: Model, mtp: MTP | None, state: State, ids: list[int], chunk: int) -> int:
-    """Feed all but the last of `ids`, `chunk` at once; return how many the state held already."""
+def prefill(
+    model: Model, mtp: MTP | None, state: State, ids: list[int], chunk: int
+) -> Iterator[Prefill]:
+    """Feed all but the last of `ids`, `chunk` at once; say after each layer how far it is.
+
+    A chunk of streamed experts takes minutes. Whoever reads may stop between two layers: `align`
+    brings the caches back to the chunks before.
+    """
     state.rewind(min(common_prefix_length(state.ids, ids), len(ids) - 1))
-    reused = len(state.ids)
-    for begin in range(reused, len(ids) - 1, chunk):
-        fed = ids[begin : min(begin + chunk, len(ids) - 1)]
-        g = model.hidden(mx.array([fed]), state.cache)
+    reused, last, layers = len(state.ids), len(ids) - 1, len(model.layers)
+    yield Prefill(reused, reused, last)
+    for begin in range(reused, last, chunk):
+        fed = ids[begin : min(begin + chunk, last)]
+        states = model.model.through(mx.array([fed]), state.cache)
+        for i in range(1, layers + 1):
+            next(states)
+            yield Prefill(reused, begin + len(fed) * i // layers, last)
+        g = next(states)  # after the final norm
         mx.eval(g, [layer.state for layer in state.cache])
         state.commit(fed, g)
         if state.mtp_cache is not None:
             catch_up(mtp, state)
             mx.eval(state.mtp_cache.state, state.pending)
         mx.clear_cache()
-    return reused
 
 
-def stream(
+def stream(loaded: Loaded, ids: list[int], **settings) -> Iterator[Piece]:
+    """Yield the reply to the prompt `ids`, token by token; the settings are those of `run`."""
+    with closing(run(loaded, ids, **settings)) as events:
+        yield from (event for event in events if isinstance(event, Piece))
+
+
+def run(
     loaded: Loaded,
     ids: list[int],
     *,
@@ -152,8 +177,8 @@ def stream(
     drafts: str | int = "auto",
     control: DraftControl | None = None,
     state: State | None = None,
-) -> Iterator[Piece]:
-    """Yield the reply to the prompt `ids`, token by token.
+) -> Iterator[Prefill | Piece]:
+    """Yield how far the prompt `ids` is, and then the reply to it, token by token.
 
     `drafts` is `auto` or a number of drafts for every step. What is learnt from reply to reply is
     kept by who keeps it: a `control` from `make_control`, in place of `drafts`, what drafting
@@ -174,7 +199,8 @@ def stream(
     detokenizer, ends = loaded.tokenizer.detokenizer, set(loaded.tokenizer.eos_token_ids)
     before, start = store.counters, time.perf_counter()
     try:
-        reused = prefill(loaded.model, loaded.mtp, state, ids, loaded.plan.prefill_chunk)
+        for event in prefill(loaded.model, loaded.mtp, state, ids, loaded.plan.prefill_chunk):
+            yield event
         stepper = Stepper(loaded.model, loaded.mtp, state, sampler or Sampler(), mask)
         begun = time.perf_counter()
         with closing(decode(stepper, ids[-1], limit, control, drafted)) as tokens:
@@ -186,7 +212,7 @@ def stream(
                     detokenizer.finalize()
                 stats = Stats(
                     prompt_tokens=len(ids),
-                    reused_tokens=reused,
+                    reused_tokens=event.reused,
                     prompt_s=begun - start,
                     reply_tokens=count,
                     reply_s=time.perf_counter() - begun,

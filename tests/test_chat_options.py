@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import chat
-from mlx_dsv3.conversation.settings import make_sampler
+from mlx_dsv3.conversation.settings import chat_settings, make_sampler
 from mlx_dsv3.decoding.draft_control import fixed_drafts
 from mlx_dsv3.decoding.sampler import Sampler
 from mlx_dsv3.errors import UserError, check_writable, unusable
@@ -90,7 +90,7 @@ def test_a_wrong_command_line_is_one_sentence(arguments, words):
 
 def sampler_of(folder: Path, *arguments: str, **config) -> Sampler:
     (folder / "generation_config.json").write_text(json.dumps(config))
-    return make_sampler(folder, vars(parse(*arguments)))
+    return make_sampler(chat_settings(folder, vars(parse(*arguments))))
 
 
 @pytest.mark.parametrize(

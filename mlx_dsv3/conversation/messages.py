@@ -17,13 +17,13 @@ from mlx_dsv3.conversation.template import (
     render,
     template_file,
 )
+from mlx_dsv3.conversation.thoughts import CLOSE, OPEN, Thoughts
 from mlx_dsv3.errors import UserError
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 # A zero-width space breaks a control token; where one holds it, another mark does.
 MARKS = [chr(code) for code in (0x200B, 0x2060, *range(0xE000, 0xF900))]
-# By these words templates cut off a reply's thoughts, and the cache holds them as tokens.
-THOUGHTS = ("<think>", "</think>")
+THOUGHTS = (OPEN, CLOSE)  # by these templates cut off a reply's thoughts; tokens in the cache
 
 
 def clean(text: str) -> str:
@@ -68,8 +68,26 @@ class Conversation:
     def add_user(self, text: str) -> None:
         self.messages.append({"role": "user", "content": clean(text)})
 
-    def add_assistant(self, text: str) -> None:
+    def add_assistant(self, text: str) -> dict:
+        """Add a reply and return it: it may grow as it comes."""
         self.messages.append({"role": "assistant", "content": text})
+        return self.messages[-1]
+
+    @property
+    def num_questions(self) -> int:
+        return sum(message["role"] == "user" for message in self.messages)
+
+    def keep_questions(self, number: int) -> None:
+        """Drop all that follows a question, the first is 1; refuse one that is not there."""
+        places = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        if not places:
+            raise UserError("there is no question yet", "type one")
+        if not 1 <= number <= len(places):
+            raise UserError(
+                f"there is no question {number}; there are {len(places)}",
+                "`/show messages` numbers them",
+            )
+        del self.messages[places[number - 1] + 1 :]
 
     def undo(self) -> None:
         """Drop the last user message and what followed it."""
@@ -88,10 +106,20 @@ class Conversation:
             messages.append(message | {"content": self.disarm(message["content"], spared)})
         return clean(render(self.tokenizer, messages))
 
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text that the template has written."""
+        # The template writes the BOS token as text: encoding must not add a second one.
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
     def prompt_ids(self) -> list[int]:
         """Return the ids of `prompt`."""
-        # The template writes the BOS token as text: encoding must not add a second one.
-        return self.tokenizer.encode(self.prompt(), add_special_tokens=False)
+        return self.encode(self.prompt())
+
+    def thoughts(self, prompt: str) -> Thoughts:
+        """Return what tells thoughts from the answer in the reply to a prompt."""
+        end = prompt.rstrip()
+        knows = CLOSE in (self.tokenizer.chat_template or "")
+        return Thoughts(end.endswith(OPEN), knows and not end.endswith(CLOSE))
 
 
 def check_template(tokenizer, system: str | None = None) -> None:

@@ -1,30 +1,34 @@
-"""A conversation with a loaded model: each turn is a stream of events.
+"""A conversation with a loaded model: each reply is a stream of events.
 
-A `Text` for each token, then one `End`, which holds why the reply ended and what it took. Whoever
-reads them shows them: a terminal, a pipe, an endpoint. Nothing is printed here.
+`Prefill` says how far the prompt is, a `Text` comes for each piece of a thought or of the answer,
+then one `End`, which holds why the reply ended and what it took. Whoever reads them shows them: a
+terminal, a pipe, an endpoint. Nothing is printed here.
 
-A turn that is stopped keeps what was said: after Ctrl-C an `End` follows, and a reader that has
-enough closes the iterator. A turn that fails leaves no message. So that both hold for a reader's
-own troubles too, it throws them into the iterator: `events.throw(error)`.
+A reply that is stopped keeps what was said: after Ctrl-C an `End` follows, and a reader that has
+enough closes the iterator. One that fails leaves the conversation as it was. So that both hold for
+a reader's own troubles too, it throws them into the iterator: `events.throw(error)`.
 """
 
-from collections.abc import Generator, Iterator
+import time
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 
 from mlx_dsv3.conversation.messages import Conversation
-from mlx_dsv3.decoding.sampler import Sampler
+from mlx_dsv3.conversation.settings import DEFAULTS, make_sampler
+from mlx_dsv3.conversation.thoughts import CLOSE
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.experts.bank import Counters
-from mlx_dsv3.generate import Stats, make_control, make_state, stream
+from mlx_dsv3.generate import Prefill, Stats, make_control, make_state, run
 from mlx_dsv3.load import Loaded
 
 
 @dataclass(frozen=True)
 class Text:
-    """The text that a token completes, which may be none."""
+    """What a token completes, of the answer or of a thought; it may be nothing."""
 
     text: str
+    is_thought: bool = False
 
 
 @dataclass(frozen=True)
@@ -32,75 +36,127 @@ class End:
     """The end of a reply: `stop`, `length` (a limit was reached) or `interrupted` (Ctrl-C).
 
     `stats` are None where no token came. `layers` holds the counters of each streamed layer.
+    `text` is the whole answer and `reasoning` the thought before it, which took `thought_s`.
     """
 
     finish_reason: str
     stats: Stats | None
     layers: dict[int, Counters]
+    text: str = ""
+    reasoning: str = ""
+    thought_s: float = 0.0
 
 
-Event = Text | End
+Event = Prefill | Text | End
 
 
 class Session:
-    """Messages, caches and settings of one conversation. `sampler` and `max_tokens` may change."""
+    """Messages, caches and settings of one conversation.
+
+    `settings` holds the numbers of a reply by the names of `settings.DEFAULTS`; they may change
+    between replies, and what is not given is as there.
+    """
 
     def __init__(
         self,
         loaded: Loaded,
         *,
         system: str | None = None,
-        sampler: Sampler | None = None,
-        max_tokens: int | None = None,
+        settings: Mapping[str, object] = DEFAULTS,
         drafts: str | int = "auto",
     ):
-        self.loaded, self.sampler, self.max_tokens = loaded, sampler, max_tokens
+        self.loaded, self.settings = loaded, {**DEFAULTS, **settings}
         self.control = make_control(loaded, drafts)
         self.conversation = Conversation(loaded.tokenizer, system)
+        self.takes = 0  # other replies to the last question
         self.renew_state()
 
     def renew_state(self) -> None:
-        """Begin with empty caches, which the next turn fills with what the conversation holds."""
+        """Begin with empty caches, which the next reply fills with what the conversation holds."""
         self.state = make_state(self.loaded, with_drafts=self.control.fixed != 0)
+
+    def set_drafts(self, drafts: str | int) -> None:
+        """Draft so many tokens at each step, or `auto`; what drafting costs is learnt anew."""
+        self.control = make_control(self.loaded, drafts)
+        if (self.state.mtp_cache is None) != (self.control.fixed == 0 or self.loaded.mtp is None):
+            self.renew_state()
 
     def turn(self, text: str) -> Iterator[Event]:
         """Answer one message; after a failure the conversation is as it was before."""
+        before = list(self.conversation.messages)
         self.conversation.add_user(text)
+        return self._answer(before, takes=0)
+
+    def regenerate(self) -> Iterator[Event]:
+        """Answer the last question otherwise, with the noise of another seed."""
+        return self._again(self.conversation.num_questions, self.takes + 1)
+
+    def retry(self, number: int) -> Iterator[Event]:
+        """Answer a question again, the first is 1, and forget what followed it."""
+        return self._again(number, 0)
+
+    def _again(self, number: int, takes: int) -> Iterator[Event]:
+        before = list(self.conversation.messages)
+        self.conversation.keep_questions(number)
+        return self._answer(before, takes)
+
+    def _answer(self, before: list[dict], takes: int) -> Iterator[Event]:
+        """Answer the last message; after a failure the messages are those before again."""
         try:
-            end = yield from self._reply()
+            end = yield from self._reply(takes)
         except GeneratorExit:
             raise
         except BaseException as error:  # a second Ctrl-C too
-            self.conversation.undo()
+            self.conversation.messages = before
             if isinstance(error, Exception) and not isinstance(error, UserError):
                 self.renew_state()  # what such an error leaves in the caches is not known
             raise
         try:
             yield end
         except Exception:  # a Ctrl-C that strikes now finds the reply said
-            self.conversation.undo()
+            self.conversation.messages = before
             raise
 
-    def _reply(self) -> Generator[Text, None, End]:
+    def _reply(self, takes: int) -> Generator[Event, None, End]:
         """Answer the conversation as it stands; its last message grows with what is said."""
         stats, reason, before = None, "interrupted", self._counters()
-        ids = self.conversation.prompt_ids()
-        self.conversation.add_assistant("")
-        pieces = stream(
+        conversation, self.takes = self.conversation, takes
+        prompt = conversation.prompt()
+        thoughts = conversation.thoughts(prompt)
+        message = conversation.add_assistant("")
+        parts, seconds = {True: "", False: ""}, 0.0
+        events = run(
             self.loaded,
-            ids,
-            max_tokens=self.max_tokens,
-            sampler=self.sampler,
+            conversation.encode(prompt),
+            max_tokens=self.settings["max_tokens"],
+            sampler=make_sampler(self.settings | {"seed": self.settings["seed"] + takes}),
             control=self.control,
             state=self.state,
         )
-        with suppress(KeyboardInterrupt), closing(pieces):
-            for piece in pieces:
-                self.conversation.messages[-1]["content"] += piece.text
-                stats, reason = piece.stats, piece.finish_reason or reason
-                yield Text(piece.text)
+
+        def told(texts: list[tuple[bool, str]]) -> Iterator[Text]:
+            for is_thought, text in texts or [(thoughts.is_inside, "")]:
+                parts[is_thought] += text
+                yield Text(text, is_thought)
+
+        try:
+            with suppress(KeyboardInterrupt), closing(events):
+                for event in events:
+                    if isinstance(event, Prefill):
+                        began = time.perf_counter()
+                        yield event
+                        continue
+                    message["content"] += event.text
+                    stats, reason = event.stats, event.finish_reason or reason
+                    texts = thoughts.feed(event.text)
+                    if thoughts.is_inside:
+                        seconds = time.perf_counter() - began
+                    yield from told(texts + thoughts.end() if event.finish_reason else texts)
+        finally:
+            if thoughts.is_inside:
+                message["content"] += CLOSE  # or the template would take it for the answer
         layers = {i: count - before[i] for i, count in self._counters().items()}
-        return End(reason, stats, layers)
+        return End(reason, stats, layers, parts[False], parts[True], seconds)
 
     def _counters(self) -> dict[int, Counters]:
         """Return a copy of the counters of each streamed layer."""

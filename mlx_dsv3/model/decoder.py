@@ -4,6 +4,8 @@
 states after the final norm, which the MTP module reads.
 """
 
+from collections import deque
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -37,13 +39,18 @@ class Decoder(nn.Module):
         self.layers = [DecoderLayer(args, i) for i in range(args.num_hidden_layers)]
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
 
-    def __call__(self, ids: mx.array, cache=None) -> mx.array:
+    def through(self, ids: mx.array, cache=None):
+        """Yield the states (B, L, D) after each layer, and after the final norm."""
         h = self.embed_tokens(ids)
         for i, layer in enumerate(self.layers):
             h = layer(h, cache[i] if cache else None)
             if ids.shape[1] > ABSORBED_MAX_QUERIES:
                 mx.eval(h)  # bounds the memory of a lazy prefill to one layer
-        return self.norm(h)
+            yield h
+        yield self.norm(h)
+
+    def __call__(self, ids: mx.array, cache=None) -> mx.array:
+        return deque(self.through(ids, cache), maxlen=1).pop()
 
 
 class Model(nn.Module):

@@ -9,6 +9,7 @@ from pathlib import Path
 from mlx_dsv3.conversation.messages import clean
 from mlx_dsv3.conversation.session import End, Event, Session, Text
 from mlx_dsv3.errors import UserError, visible
+from mlx_dsv3.generate import Prefill
 from mlx_dsv3.options import first_line
 from mlx_dsv3.terminal.statistics import stats_lines, stats_values, stats_words
 
@@ -43,6 +44,8 @@ class Chat:
 
     def show(self, event: Event) -> None:
         """Show an event of a turn, the text on stdout."""
+        if isinstance(event, Prefill):
+            return
         if isinstance(event, Text):
             print(visible(event.text) if self.on_terminal else event.text, end="", flush=True)
             self.is_inside_line |= bool(event.text)

@@ -59,7 +59,8 @@ def text_of(
     """Return the tokens of a reply that no end token ends, and its draft statistics."""
     control = drafts if isinstance(drafts, DraftControl) else DraftControl(fixed=drafts)
     state, stats = make_state(loaded, control.fixed != 0), DraftStats()
-    prefill(loaded.model, loaded.mtp, state, ids, loaded.plan.prefill_chunk)
+    for _ in prefill(loaded.model, loaded.mtp, state, ids, loaded.plan.prefill_chunk):
+        pass
     stepper = Stepper(loaded.model, loaded.mtp, state, sampler, loaded.vocabulary_mask)
     return list(decode(stepper, ids[-1], tokens, control, stats)), stats
 

@@ -1,16 +1,17 @@
 """A session without a screen: events in order, and what stays of a turn that did not end well."""
 
 import signal
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 
 import pytest
 from drafted import Drafted
 
-from mlx_dsv3.conversation.session import End, Session, Text
+from mlx_dsv3.conversation.session import End, Event, Session, Text
 from mlx_dsv3.errors import UserError
-from mlx_dsv3.generate import stream
+from mlx_dsv3.generate import Prefill, stream
 from mlx_dsv3.load import load_model, plan_memory
-from mlx_dsv3.model.decoder import Model
+from mlx_dsv3.model.decoder import Decoder
 
 from .test_chat import QUESTION
 
@@ -28,17 +29,22 @@ def at_step(monkeypatch):
     """Return a function (step, action): the action is taken when the model is next asked for it."""
 
     def arrange(step: int, action) -> None:
-        original, calls = Model.hidden, []
+        original, calls = Decoder.through, []
 
-        def hidden(self, *arguments):
+        def through(self, *arguments):
             calls.append(arguments)
             if len(calls) == step:
                 action()
             return original(self, *arguments)
 
-        monkeypatch.setattr(Model, "hidden", hidden)
+        monkeypatch.setattr(Decoder, "through", through)
 
     return arrange
+
+
+def reply(events: Iterator[Event]) -> Iterator[Event]:
+    """Return the events of a turn but for those of the prompt."""
+    return (event for event in events if not isinstance(event, Prefill))
 
 
 def said(events) -> str:
@@ -56,15 +62,15 @@ def assert_goes_on(session: Session) -> None:
         Drafted(loaded.model, loaded.mtp).assert_exact(state, bound=1e-4)
     held = len(state.ids)
     *events, end = session.turn(FOLLOW_UP)
-    reply = session.conversation.messages.pop()["content"]
+    answer = session.conversation.messages.pop()["content"]
     pieces = stream(loaded, session.conversation.prompt_ids(), drafts=0)
-    assert said(events) == reply == "".join(piece.text for piece in pieces)
+    assert said(events) == answer == "".join(piece.text for piece in pieces)
     assert 0 < held - 2 <= end.stats.reused_tokens
 
 
 def test_a_turn_is_texts_and_then_an_end(session, capsys):
     """Terminal, pipe and endpoint read the same events; nothing is printed for them."""
-    *texts, end = session.turn(QUESTION)
+    *texts, end = reply(session.turn(QUESTION))
     assert all(isinstance(event, Text) for event in texts) and isinstance(end, End)
     assert "Paris" in said(texts) and end.finish_reason == "stop" and end.layers == {}
     assert end.stats.reply_tokens == len(texts) and end.stats.reused_tokens == 0
@@ -75,10 +81,10 @@ def test_a_turn_is_texts_and_then_an_end(session, capsys):
 
 
 def test_a_limit_ends_a_reply(loaded):
-    session = Session(loaded, max_tokens=3)
-    *texts, end = session.turn(QUESTION)
+    session = Session(loaded, settings={"max_tokens": 3})
+    *texts, end = reply(session.turn(QUESTION))
     assert len(texts) == 3 and end.finish_reason == "length"
-    session.max_tokens = None  # settings may change between turns
+    session.settings["max_tokens"] = None  # settings may change between turns
     *_, end = session.turn(FOLLOW_UP)
     assert end.finish_reason == "stop"
 
@@ -97,8 +103,8 @@ def test_the_system_prompt_stays_after_clear(loaded):
 def test_closing_keeps_what_was_said(loaded, drafts):
     """How an endpoint stops a reply whose client has left."""
     session = Session(loaded, drafts=drafts)
-    events = session.turn(QUESTION)
-    text = said(next(events) for _ in range(STEP))
+    told = reply(events := session.turn(QUESTION))
+    text = said(next(told) for _ in range(STEP))
     events.close()
     assert text and session.conversation.messages[-1] == {"role": "assistant", "content": text}
     assert_goes_on(session)
@@ -109,7 +115,7 @@ def test_ctrl_c_inside_keeps_what_was_said(loaded, at_step, drafts):
     """The signal strikes while the model computes: an end follows the texts."""
     session = Session(loaded, drafts=drafts)
     at_step(STEP, lambda: signal.raise_signal(signal.SIGINT))
-    *texts, end = session.turn(QUESTION)
+    *texts, end = reply(session.turn(QUESTION))
     assert said(texts) and end.finish_reason == "interrupted"
     assert end.stats.reply_tokens == len(texts)
     assert session.conversation.messages[-1]["content"] == said(texts)
@@ -118,8 +124,8 @@ def test_ctrl_c_inside_keeps_what_was_said(loaded, at_step, drafts):
 
 def test_ctrl_c_in_the_reader_keeps_what_was_said(session):
     """It strikes the reader more often than the model; then the reader throws it in."""
-    events = session.turn(QUESTION)
-    text = said(next(events) for _ in range(STEP))
+    told = reply(events := session.turn(QUESTION))
+    text = said(next(told) for _ in range(STEP))
     end = events.throw(KeyboardInterrupt())
     assert end.finish_reason == "interrupted" and end.stats.reply_tokens == STEP
     assert list(events) == [] and session.conversation.messages[-1]["content"] == text
@@ -129,7 +135,7 @@ def test_ctrl_c_in_the_reader_keeps_what_was_said(session):
 def test_ctrl_c_before_the_first_token(session, at_step):
     """No statistics, and the session continues."""
     at_step(1, lambda: signal.raise_signal(signal.SIGINT))
-    (end,) = session.turn(QUESTION)
+    *_, end = session.turn(QUESTION)
     assert (end.finish_reason, end.stats) == ("interrupted", None)
     assert "Rome" in said(session.turn(FOLLOW_UP))
 
