@@ -124,6 +124,7 @@ def open_chat(options: argparse.Namespace):
     from mlx_dsv3.conversation.session import Session  # 2 s of imports: refusals come before them
     from mlx_dsv3.load import load
     from mlx_dsv3.terminal.repl import Chat
+    from mlx_dsv3.terminal.screen import Screen
     from mlx_dsv3.terminal.start import tell_start
 
     settings = chat_settings(folder.path, vars(options))
@@ -136,7 +137,7 @@ def open_chat(options: argparse.Namespace):
     if options.stats == "line":
         tell_start(loaded, options.context)
     session = Session(loaded, system=options.system, settings=settings, drafts=options.drafts)
-    return Chat(session, options.stats)
+    return Chat(session, Screen(options.stats))
 
 
 def read_question(prompt: str | None) -> str | None:

@@ -7,6 +7,7 @@ import pytest
 
 from mlx_dsv3.conversation.session import End, Text
 from mlx_dsv3.terminal.repl import Chat, answer_line
+from mlx_dsv3.terminal.screen import Screen
 from mlx_dsv3.terminal.trace import Trace
 
 # Clears the screen, sets the title and the clipboard, in C0 and in C1; hides what came before.
@@ -14,7 +15,7 @@ HOSTILE = "\x1b[2J\x1b]0;title\x07 \x1b]52;c;eA==\x07 \x9b2J\x90x\x9c a\rb\x7f\x
 SHOWN = r"\x1b[2J\x1b]0;title\x07 \x1b]52;c;eA==\x07 \x9b2J\x90x\x9c a\x0db\x7f\x08 \u202ec"
 
 
-class Screen(io.StringIO):
+class Stdout(io.StringIO):
     """A stdout that is a terminal, or a pipe."""
 
     is_terminal = True
@@ -32,13 +33,13 @@ def chat_that_says(*texts: str, error: Exception | None = None) -> Chat:
             raise error
         yield End("stop", None, {})
 
-    return Chat(SimpleNamespace(turn=turn))
+    return Chat(SimpleNamespace(turn=turn), Screen())
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_a_reply_cannot_drive_the_terminal(monkeypatch, is_terminal):
     """One token of the demo model is ESC, and it was printed. Lines and tabs stay."""
-    screen = Screen()
+    screen = Stdout()
     screen.is_terminal = is_terminal
     monkeypatch.setattr("sys.stdout", screen)
     chat_that_says("1\n\t", *HOSTILE).turn("x")

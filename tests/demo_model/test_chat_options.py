@@ -43,7 +43,7 @@ def test_a_context_that_shrank_is_told(open_chat, capsys, monkeypatch):
 def test_a_failure_after_the_reply_leaves_no_turn(open_chat, capsys, monkeypatch):
     """`The conversation is as it was before the turn`: also when the statistics fail."""
     talk = open_chat()
-    monkeypatch.setattr(talk, "show_end", lambda end: 1 / 0)
+    monkeypatch.setattr(talk.screen, "show_end", lambda end: 1 / 0)
     answer_line(talk, QUESTION)
     assert "ZeroDivisionError" in capsys.readouterr().err and not talk.session.conversation.messages
 
