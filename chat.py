@@ -21,7 +21,7 @@ from mlx_dsv3.errors import (
 )
 
 with imports(__name__):
-    from mlx_dsv3.conversation.settings import chat_settings
+    from mlx_dsv3.conversation.settings import DEFAULTS, chat_settings
     from mlx_dsv3.decoding.draft_control import fixed_drafts
     from mlx_dsv3.options import Parser, first_line, number
     from mlx_dsv3.terminal.trace import Trace
@@ -52,7 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--min-p", type=number("min_p"), metavar="X", help=min_p)
     penalty = number("repetition_penalty")
     add("--repetition-penalty", type=penalty, metavar="X", help="1 is none")
-    add("--seed", type=number("seed"), default=0, metavar="N", help="same seed, same reply")
+    add("--seed", type=number("seed"), metavar="N", help="same seed, same reply; else 0")
     names = "|".join(experts)
     add("--experts", choices=experts, default="auto", metavar=names, help="see --plan")
     add("--expert-memory", type=number("expert_memory"), metavar="GB", help="for routed experts")
@@ -65,8 +65,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--plan", action="store_true", help="print the memory plan and exit")
     add("--drafts", type=drafts, default="auto", metavar="auto|N", help="MTP drafts, 0 to 4")
     add("--trace", metavar="FILE", help="write the experts chosen by each token")
-    names, figures = "|".join(stats), "figures of a reply, on stderr"
-    add("--stats", choices=stats, default="line", metavar=names, help=figures)
+    names, figures = "|".join(stats), "figures of a reply, on stderr; off with --json"
+    add("--stats", choices=stats, metavar=names, help=figures)
+    add("--json", action="store_true", help="print each reply as one JSON object")
+    add("--raw", action="store_true", help="print what the model writes, without Markdown's looks")
+    add("--think", choices=("on", "off"), metavar="on|off", help="think first, where a model can")
+    add("--hide-thinking", action="store_true", help="show how long it thought, not what")
+    last = "take up the last chat, of MODEL if given"
+    add("--continue", action="store_true", dest="resume", help=last)
     add("--trust-remote-code", action="store_true", help="run tokenizer code")
     add("--version", action="version", version=package_version())
     return parser
@@ -118,7 +124,8 @@ def show_plan(options: argparse.Namespace) -> None:
 
 
 def open_chat(options: argparse.Namespace):
-    """Load the model and begin a chat with it."""
+    """Load the model and begin a chat with it, or take up the last one."""
+    transcript = last_chat(options) if options.resume else None
     folder = find_model(options)
     from mlx_dsv3.conversation.messages import check_template
     from mlx_dsv3.conversation.session import Session  # 2 s of imports: refusals come before them
@@ -134,10 +141,50 @@ def open_chat(options: argparse.Namespace):
         check_tokenizer=partial(check_template, system=options.system),
         **memory_options(options),
     )
-    if options.stats == "line":
+    screen = Screen(**screen_options(options))
+    if screen.stats == "line":
         tell_start(loaded, options.context)
     session = Session(loaded, system=options.system, settings=settings, drafts=options.drafts)
-    return Chat(session, Screen(options.stats))
+    if transcript is not None:
+        session.restore(transcript, cache=None)
+        session.settings.update(given(options))
+    if options.think is not None:
+        session.set_thinking(options.think == "on")
+    return Chat(session, screen, model=model_name(options.model or DEMO))
+
+
+def last_chat(options: argparse.Namespace):
+    """Return the newest chat that was kept, which names the model where none is given."""
+    from mlx_dsv3.conversation.transcript import read
+    from mlx_dsv3.terminal.kept import newest
+
+    transcript = read(newest(options.model and model_name(options.model)))
+    options.model = options.model or transcript.model
+    return transcript
+
+
+def model_name(model: str | Path) -> str:
+    """Return by what name a chat's model is kept: a folder's from wherever, or the hub's."""
+    return str(Path(model).resolve()) if Path(model).is_dir() else str(model)
+
+
+def given(options: argparse.Namespace) -> dict:
+    """Return the settings that the command line has, which go before those of a kept chat."""
+    return {
+        name: value
+        for name, value in vars(options).items()
+        if name in DEFAULTS and value is not None
+    }
+
+
+def screen_options(options: argparse.Namespace) -> dict:
+    """Return what replies look like."""
+    return {
+        "stats": options.stats or ("off" if options.json else "line"),
+        "raw": options.raw,
+        "hide_thinking": options.hide_thinking,
+        "as_json": options.json,
+    }
 
 
 def read_question(prompt: str | None) -> str | None:

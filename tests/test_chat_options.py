@@ -224,3 +224,15 @@ def test_drafts_are_judged_in_one_place():
         with pytest.raises(UserError, match="`--drafts 2` needs the MTP module") as error:
             judge()
         assert "python -m convert mtp" in error.value.hint
+
+
+def test_statistics_are_off_with_json_unless_asked_for():
+    """The object on stdout holds them; a script that reads stderr too got them twice."""
+    stats = [chat.screen_options(parse(*words))["stats"] for words in ([], ["--json"])]
+    asked = chat.screen_options(parse("--json", "--stats", "line", "--raw"))
+    assert stats == ["line", "off"] and asked["stats"] == "line" and asked["raw"]
+
+
+def test_settings_given_go_before_those_of_a_kept_chat():
+    """`--seed` had the default 0, which would have replaced a kept seed."""
+    assert chat.given(parse("--continue", "--temp", "0", "--top-k", "3")) == {"temp": 0, "top_k": 3}

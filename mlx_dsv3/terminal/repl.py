@@ -14,10 +14,10 @@ HINT_AT_CTRL_C = "(/exit or Ctrl-D leaves)"
 
 
 class Chat:
-    """A session and the screen that shows it."""
+    """A session and the screen that shows it; `model` is the name it is kept by."""
 
-    def __init__(self, session: Session, screen: Screen):
-        self.session, self.screen = session, screen
+    def __init__(self, session: Session, screen: Screen, model: str = ""):
+        self.session, self.screen, self.model = session, screen, model
         self.last: End | None = None  # that has statistics
 
     def turn(self, text: str) -> End:

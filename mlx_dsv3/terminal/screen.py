@@ -14,8 +14,16 @@ REMARKS = {"length": "(cut off at the token limit)", "interrupted": "(stopped)"}
 class Screen:
     """Shows replies; `stats` is what `--stats` says: line, json or off."""
 
-    def __init__(self, stats: str = "line"):
-        self.stats = stats
+    def __init__(
+        self,
+        stats: str = "line",
+        markdown: bool = True,
+        raw: bool = False,
+        hide_thinking: bool = False,
+        as_json: bool = False,
+    ):
+        self.stats, self.markdown, self.raw = stats, markdown, raw
+        self.hide_thinking, self.as_json = hide_thinking, as_json
         self.is_inside_line = False
         self.on_terminal = sys.stdout.isatty()  # a pipe or a file gets what the model wrote
 
