@@ -1,14 +1,23 @@
 """Fixtures of both sides. Those that need MLX are in mlx_fixtures.py: a CUDA machine has none."""
 
+import atexit
 import importlib.util
 import math
+import os
+import shutil
 import signal
+import tempfile
 import time
 from datetime import date
 from pathlib import Path
 
 import pytest
 import torch
+
+# A chat keeps its history and sessions in the home folder, and a test's has none of a person's.
+HOME = tempfile.mkdtemp(prefix="home-")
+os.environ["HOME"] = HOME
+atexit.register(shutil.rmtree, HOME, ignore_errors=True)
 
 if importlib.util.find_spec("mlx"):
     pytest_plugins = ["mlx_fixtures"]

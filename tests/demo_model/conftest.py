@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from pseudo_terminal import Terminal
 
 from mlx_dsv3.conversation.messages import Conversation
 from mlx_dsv3.load import load
@@ -30,3 +31,17 @@ def ask(loaded):
         return conversation.prompt_ids()
 
     return ids
+
+
+@pytest.fixture
+def open_terminal(demo_q4):
+    """Return a function (options) -> the demo model's chat on a terminal, which ends at the end."""
+    terminals = []
+
+    def start(*arguments, **options) -> Terminal:
+        terminals.append(Terminal(demo_q4, *arguments, **options))
+        return terminals[-1]
+
+    yield start
+    for terminal in terminals:
+        terminal.close()

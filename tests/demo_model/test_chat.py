@@ -4,26 +4,22 @@ import contextlib
 import io
 import json
 import os
-import pty
+import pwd
 import re
-import select
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from unittest import mock
 
 import pytest
+from pseudo_terminal import CHAT, CTRL_C, CTRL_D, ENTER, ROOT
 
 import chat
 from mlx_dsv3.errors import run_main
 from mlx_dsv3.model.decoder import Model
 
-ROOT = Path(__file__).parents[2]
-CHAT = ROOT / "chat.py"
 QUESTION = "What is the capital of France?"
-ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def start(*arguments, stdin: str | bytes = "") -> subprocess.CompletedProcess:
@@ -58,51 +54,6 @@ def as_text(value) -> str:
     return os.fsdecode(as_bytes(value))
 
 
-class Terminal:
-    """chat.py on a pseudo-terminal."""
-
-    def __init__(self, *arguments):
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            os.environ |= {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
-            os.execv(sys.executable, [sys.executable, str(CHAT), *map(str, arguments)])
-        self.text = ""
-
-    def until(self, pattern: str, timeout_s: float = 40) -> str:
-        """Read until the pattern appears in what was printed since the last call."""
-        deadline = time.monotonic() + timeout_s
-        while not re.search(pattern, self.text):
-            left = deadline - time.monotonic()
-            assert left > 0, f"no `{pattern}` in {self.text!r}"
-            if select.select([self.fd], [], [], left)[0]:
-                try:
-                    text = os.read(self.fd, 4096).decode(errors="replace")
-                    self.text = ESCAPES.sub("", self.text + text)
-                except OSError:  # Linux: the other side is closed
-                    assert re.search(pattern, self.text), f"no `{pattern}` in {self.text!r}"
-                    break
-        seen, self.text = self.text, ""
-        return seen
-
-    def type(self, text: str | bytes) -> None:
-        os.write(self.fd, text if isinstance(text, bytes) else text.encode())
-
-    def status(self, timeout_s: float = 30) -> int:
-        """Return the exit status of a chat that is leaving; kill one that does not."""
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            if select.select([self.fd], [], [], 0.05)[0]:
-                try:
-                    os.read(self.fd, 4096)
-                except OSError:
-                    pass
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                return os.waitstatus_to_exitcode(status)
-        os.kill(self.pid, signal.SIGKILL)
-        raise AssertionError("the chat did not leave")
-
-
 def test_one_shot_prints_the_answer_alone_on_stdout(demo_q4):
     done = start(demo_q4, "-p", QUESTION)
     assert done.returncode == 0, done.stderr
@@ -127,38 +78,33 @@ def test_stats_as_json_and_off(demo_q4):
     assert run(demo_q4, "-p", QUESTION, "--stats", "off").stderr == ""
 
 
-def test_terminal_session(demo_q4):
+def test_terminal_session(open_terminal):
     """A whole session: help, a question, a follow-up that reuses it, clear, unknown, Ctrl-D."""
-    terminal = Terminal(demo_q4)
-    terminal.until(">>>")
-    terminal.type("/help\r")
-    assert "/clear" in terminal.until("keep what was said(.|\n)*>>>")
-    terminal.type(QUESTION + "\r")
-    assert "Paris" in terminal.until(r"\(0 reused\)(.|\n)*>>>")
-    terminal.type("And what is the capital of Italy?\r")
-    terminal.until(r"\([1-9]\d* reused\)(.|\n)*>>>")
-    terminal.type(b"hi \xff\xfe there\r")  # ended the session in a traceback
-    terminal.until(r"\([1-9]\d* reused\)(.|\n)*>>>")
-    terminal.type("/clear\r")
-    terminal.until(r"\(cleared\)(.|\n)*>>>")
-    terminal.type("/frobnicate\r")
-    terminal.until(r"unknown command `/frobnicate`(.|\n)*>>>")
-    terminal.type("\x03")
-    terminal.until(r"Ctrl-D leaves\)(.|\n)*>>>")
-    terminal.type("\x04")
-    assert terminal.status() == 0
+    terminal = open_terminal()
+    terminal.until_prompt()
+    assert "/clear" in terminal.ask("/help")
+    said = terminal.ask(QUESTION)
+    assert said.startswith("The capital of France is Paris.\n") and "(0 reused)" in said
+    assert re.search(r"\([1-9]\d* reused\)", terminal.ask("And what is the capital of Italy?"))
+    assert "reused" in terminal.ask(b"hi \xff\xfe there")  # ended the session in a traceback
+    assert terminal.ask("/clear") == "(cleared)"
+    assert "unknown command `/frobnicate`" in terminal.ask("/frobnicate")
+    terminal.type(CTRL_C)
+    terminal.until(r"Ctrl-D leaves\)\n>>>\Z")
+    terminal.type(CTRL_D)
+    assert terminal.end() == 0 and terminal.is_restored()
 
 
-def test_ctrl_c_stops_the_reply_and_keeps_the_session(demo_q4):
+def test_ctrl_c_stops_the_reply_and_keeps_the_session(open_terminal):
     """At a high temperature the demo model rambles on until it is stopped."""
-    terminal = Terminal(demo_q4, "--temp", "30", "--seed", "4")
-    terminal.until(">>>")
-    terminal.type("Tell me something long.\r")
-    terminal.until("long.(.|\n){60,}")
-    os.kill(terminal.pid, signal.SIGINT)
-    terminal.until(r"\(stopped\)(.|\n)*>>>")
-    terminal.type("/exit\r")
-    assert terminal.status() == 0
+    terminal = open_terminal("--temp", "30", "--seed", "4")
+    terminal.until_prompt()
+    terminal.type("Tell me something long." + ENTER)
+    terminal.until(r"long\.\n(.*\n){10,}")
+    terminal.type(CTRL_C)
+    assert "(stopped)" in terminal.until_prompt()
+    terminal.type("/exit" + ENTER)
+    assert terminal.end() == 0 and terminal.is_restored()
 
 
 def test_an_interrupted_question_prints_what_was_said_and_ends_with_130(demo_q4, monkeypatch):
@@ -224,3 +170,8 @@ def test_model_in_conversion(tmp_path, demo_q4):
 )
 def test_bad_arguments(demo_q4, arguments, word):
     refused(run(demo_q4, *arguments), word)
+
+
+def test_tests_have_a_home_of_their_own():
+    """What a chat keeps would go into the history of the person who runs the tests."""
+    assert Path.home() != Path(pwd.getpwuid(os.getuid()).pw_dir)
