@@ -23,12 +23,21 @@ AGAIN = "fetch the file again; a download that stopped half-way looks like this"
 HALF_CHARACTERS = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def read_json(path: Path, most_bytes: int = MOST_BYTES, hint: str = AGAIN) -> dict:
+def read_json(
+    path: Path, most_bytes: int = MOST_BYTES, hint: str = AGAIN, most_values: int = MOST_VALUES
+) -> dict:
     """Read a file that holds a JSON object; raise `UserError` with its name where it holds none."""
-    return parse_json(read_text(path, most_bytes), f"`{path}`", hint)
+    text = read_text(path, most_bytes)
+    return parse_json(text, f"`{path}`", hint, most_values=most_values)
 
 
-def parse_json(text: str | bytes, name: str, hint: str = AGAIN, kind: type = dict) -> dict | list:
+def parse_json(
+    text: str | bytes,
+    name: str,
+    hint: str = AGAIN,
+    kind: type = dict,
+    most_values: int = MOST_VALUES,
+) -> dict | list:
     """Return the object, or the list, of a JSON text; `name` is what messages call it.
 
     Bytes are UTF-8.
@@ -53,7 +62,7 @@ def parse_json(text: str | bytes, name: str, hint: str = AGAIN, kind: type = dic
 
     try:
         text = text if isinstance(text, str) else text.decode()
-        check_count(text, name, hint)
+        check_count(text, name, hint, most_values)
         value = json.loads(
             text,
             object_pairs_hook=once,

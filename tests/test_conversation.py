@@ -26,10 +26,10 @@ class Token:
 class FakeTokenizer:
     """Renders messages in the V3 form and encodes one id a character, BOS as 0."""
 
-    has_chat_template, name_or_path = True, "fake"
+    has_chat_template, name_or_path, chat_template = True, "fake", "[role]content"
     added_tokens_decoder = {0: Token("<BOS>"), 1: Token("<｜User｜>"), 2: Token("</think>")}
 
-    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt, **variables):
         assert not tokenize and add_generation_prompt
         return "<BOS>" + "".join(f"[{m['role']}]{m['content']}" for m in messages) + "[assistant]"
 

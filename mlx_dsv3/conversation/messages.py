@@ -14,15 +14,17 @@ from mlx_dsv3.conversation.template import (
     MOST_CHARACTERS,
     OF_THIS_MODEL,
     bounded,
+    default_thinking,
     render,
     template_file,
 )
-from mlx_dsv3.conversation.thoughts import CLOSE, OPEN, Thoughts
+from mlx_dsv3.conversation.thoughts import CLOSE, OPEN, Thoughts, split
 from mlx_dsv3.errors import UserError
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 # A zero-width space breaks a control token; where one holds it, another mark does.
 MARKS = [chr(code) for code in (0x200B, 0x2060, *range(0xE000, 0xF900))]
+KINDS = ("system", "questions", "answers", "thoughts")  # of text, in a prompt
 THOUGHTS = (OPEN, CLOSE)  # by these templates cut off a reply's thoughts; tokens in the cache
 
 
@@ -42,12 +44,19 @@ def control_tokens(tokenizer) -> list[str]:
 
 
 class Conversation:
-    """The messages so far, as they were said; `prompt_ids` renders them for the next reply."""
+    """The messages so far, as they were said; `prompt_ids` renders them for the next reply.
+
+    `thinking` is the template's variable of that sense, None where it has none.
+    """
 
     def __init__(self, tokenizer, system: str | None = None):
         self.tokenizer = tokenizer
-        self.system = clean(system) if system and system.strip() else None
+        self.set_system(system)
+        self.thinking = default_thinking(tokenizer)
         self.messages: list[dict] = []
+        template = str(tokenizer.chat_template or "")
+        self.knows_thoughts = OPEN in template or CLOSE in template
+        self.takes_fields = "reasoning_content" in template
         self._control = control_tokens(tokenizer)
         held = set("".join(self._control))
         self._mark = next(mark for mark in MARKS if mark not in held)
@@ -64,6 +73,19 @@ class Conversation:
             while token in text and token not in spared:
                 text = text.replace(token, broken)
         return text
+
+    def set_system(self, text: str | None) -> None:
+        self.system = clean(text) if text and text.strip() else None
+
+    def set_thinking(self, is_on: bool) -> None:
+        """Let the model think first, or not; refuse where the template has no such variable."""
+        if self.thinking is None:
+            raise UserError(
+                f"the chat template in `{template_file(self.tokenizer)}` has no variable for "
+                "thinking",
+                "this model thinks always or never",
+            )
+        self.thinking = is_on
 
     def add_user(self, text: str) -> None:
         self.messages.append({"role": "user", "content": clean(text)})
@@ -99,12 +121,38 @@ class Conversation:
 
     def prompt(self) -> str:
         """Return the text of the whole conversation up to the start of the next reply."""
+        return self._rendered(KINDS)
+
+    def _rendered(self, kinds: Collection[str]) -> str:
+        """Return that text with what is of some kinds alone; of the others the content is empty."""
         system = [{"role": "system", "content": self.system}] if self.system else []
-        messages = []
-        for message in system + self.messages:
-            spared = THOUGHTS if message["role"] == "assistant" else ()
-            messages.append(message | {"content": self.disarm(message["content"], spared)})
-        return clean(render(self.tokenizer, messages))
+        messages = [self._for_template(message, kinds) for message in system + self.messages]
+        return clean(render(self.tokenizer, messages, self.thinking))
+
+    def _for_template(self, message: dict, kinds: Collection[str]) -> dict:
+        """Return a message with the thoughts as a field of its own, where the template has one.
+
+        Other templates are given what the model wrote, and cut the thoughts off themselves.
+        """
+        if message["role"] != "assistant":
+            kind = "system" if message["role"] == "system" else "questions"
+            return message | {"content": self.disarm(message["content"]) if kind in kinds else ""}
+        content = self.disarm(message["content"], THOUGHTS)
+        thought, answer = split(content) if self.knows_thoughts else ("", content)
+        answer = answer if "answers" in kinds else ""
+        if self.takes_fields:
+            return message | {
+                "content": answer,
+                "reasoning_content": thought if "thoughts" in kinds else "",
+            }
+        return message | {"content": content if "thoughts" in kinds else answer}
+
+    def shares(self) -> list[tuple[str, int]]:
+        """Return by what kind of text, and the template's own, the context is filled, in tokens."""
+        counts = [len(self.encode(self._rendered(KINDS[:n]))) for n in range(len(KINDS) + 1)]
+        added = {kind: counts[i + 1] - counts[i] for i, kind in enumerate(KINDS)}
+        shown = ("system", "questions", "thoughts", "answers")
+        return [(kind, added[kind]) for kind in shown] + [("template", counts[0])]
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text that the template has written."""
@@ -117,14 +165,18 @@ class Conversation:
 
     def thoughts(self, prompt: str) -> Thoughts:
         """Return what tells thoughts from the answer in the reply to a prompt."""
-        end = prompt.rstrip()
-        knows = CLOSE in (self.tokenizer.chat_template or "")
-        return Thoughts(end.endswith(OPEN), knows and not end.endswith(CLOSE))
+        end, knows = prompt.rstrip(), self.knows_thoughts
+        return Thoughts(knows and end.endswith(OPEN), knows and not end.endswith(CLOSE))
 
 
-def check_template(tokenizer, system: str | None = None) -> None:
-    """Render a first message: a template that cannot is refused before minutes of loading."""
+def check_template(tokenizer, system: str | None = None, thinking: bool | None = None) -> None:
+    """Render a first message: a template that cannot is refused before minutes of loading.
+
+    So is `thinking`, if it is given, for a template without such a variable.
+    """
     conversation = Conversation(tokenizer, system)
+    if thinking is not None:
+        conversation.set_thinking(thinking)
     conversation.add_user("Hello")
     with bounded(tokenizer):
         text = conversation.prompt()

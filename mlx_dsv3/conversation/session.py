@@ -13,10 +13,13 @@ import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from mlx_dsv3.conversation.messages import Conversation
 from mlx_dsv3.conversation.settings import DEFAULTS, make_sampler
 from mlx_dsv3.conversation.thoughts import CLOSE
+from mlx_dsv3.conversation.transcript import Transcript
+from mlx_dsv3.decoding.state import State, load_state
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.experts.bank import Counters
 from mlx_dsv3.generate import Prefill, Stats, make_control, make_state, run
@@ -66,7 +69,7 @@ class Session:
         drafts: str | int = "auto",
     ):
         self.loaded, self.settings = loaded, {**DEFAULTS, **settings}
-        self.control = make_control(loaded, drafts)
+        self.drafts, self.control = drafts, make_control(loaded, drafts)
         self.conversation = Conversation(loaded.tokenizer, system)
         self.takes = 0  # other replies to the last question
         self.renew_state()
@@ -77,9 +80,26 @@ class Session:
 
     def set_drafts(self, drafts: str | int) -> None:
         """Draft so many tokens at each step, or `auto`; what drafting costs is learnt anew."""
-        self.control = make_control(self.loaded, drafts)
+        self.drafts, self.control = drafts, make_control(self.loaded, drafts)
         if (self.state.mtp_cache is None) != (self.control.fixed == 0 or self.loaded.mtp is None):
             self.renew_state()
+
+    @property
+    def thinking(self) -> bool | None:
+        """Say whether the model is to think first; None where its template has no such variable."""
+        return self.conversation.thinking
+
+    def set_thinking(self, is_on: bool) -> None:
+        """Let the model think first, or not, from the next reply on."""
+        self.conversation.set_thinking(is_on)
+
+    def set_system(self, text: str | None) -> None:
+        """Change the system prompt, or leave it out, from the next reply on."""
+        self.conversation.set_system(text)
+
+    def context(self) -> list[tuple[str, int]]:
+        """Return the tokens of the conversation by what fills the context."""
+        return self.conversation.shares()
 
     def turn(self, text: str) -> Iterator[Event]:
         """Answer one message; after a failure the conversation is as it was before."""
@@ -88,7 +108,10 @@ class Session:
         return self._answer(before, takes=0)
 
     def regenerate(self) -> Iterator[Event]:
-        """Answer the last question otherwise, with the noise of another seed."""
+        """Answer the last question otherwise, with the noise of another seed.
+
+        Until the first token comes the reply before can be had back: by Ctrl-C, or by closing.
+        """
         return self._again(self.conversation.num_questions, self.takes + 1)
 
     def retry(self, number: int) -> Iterator[Event]:
@@ -98,27 +121,36 @@ class Session:
     def _again(self, number: int, takes: int) -> Iterator[Event]:
         before = list(self.conversation.messages)
         self.conversation.keep_questions(number)
-        return self._answer(before, takes)
+        return self._answer(before, takes, is_again=True)
 
-    def _answer(self, before: list[dict], takes: int) -> Iterator[Event]:
-        """Answer the last message; after a failure the messages are those before again."""
+    def _answer(self, before: list[dict], takes: int, is_again: bool = False) -> Iterator[Event]:
+        """Answer the last message; after a failure the messages are those before again.
+
+        So they are where an answer is asked for again and nothing of it came.
+        """
+        replaced = before, self.takes
         try:
-            end = yield from self._reply(takes)
+            end = yield from self._reply(takes, replaced if is_again else None)
         except GeneratorExit:
             raise
         except BaseException as error:  # a second Ctrl-C too
-            self.conversation.messages = before
+            self.conversation.messages, self.takes = replaced
             if isinstance(error, Exception) and not isinstance(error, UserError):
                 self.renew_state()  # what such an error leaves in the caches is not known
             raise
         try:
             yield end
         except Exception:  # a Ctrl-C that strikes now finds the reply said
-            self.conversation.messages = before
+            self.conversation.messages, self.takes = replaced
             raise
 
-    def _reply(self, takes: int) -> Generator[Event, None, End]:
-        """Answer the conversation as it stands; its last message grows with what is said."""
+    def _reply(
+        self, takes: int, replaced: tuple[list[dict], int] | None
+    ) -> Generator[Event, None, End]:
+        """Answer the conversation as it stands; its last message grows with what is said.
+
+        Before the first token, what is `replaced` comes back.
+        """
         stats, reason, before = None, "interrupted", self._counters()
         conversation, self.takes = self.conversation, takes
         prompt = conversation.prompt()
@@ -153,8 +185,12 @@ class Session:
                         seconds = time.perf_counter() - began
                     yield from told(texts + thoughts.end() if event.finish_reason else texts)
         finally:
-            if thoughts.is_inside:
+            if stats is None and replaced:
+                conversation.messages, self.takes = replaced
+            elif thoughts.is_inside and message["content"]:
                 message["content"] += CLOSE  # or the template would take it for the answer
+        for is_thought, text in thoughts.end():  # after Ctrl-C: what may have begun a tag
+            parts[is_thought] += text
         layers = {i: count - before[i] for i, count in self._counters().items()}
         return End(reason, stats, layers, parts[False], parts[True], seconds)
 
@@ -162,6 +198,41 @@ class Session:
         """Return a copy of the counters of each streamed layer."""
         banks = self.loaded.store.banks.items()
         return {i: replace(bank.counters) for i, bank in banks if not bank.is_resident}
+
+    def restore(self, transcript: Transcript, cache: Path | None = None) -> str | None:
+        """Go on with a saved chat; after a refusal the session is as it was.
+
+        A cache that was saved with it spares the computation. Where it cannot be used the reason
+        is returned, and the next reply computes the prompt.
+        """
+        conversation = Conversation(self.loaded.tokenizer, transcript.system)
+        conversation.messages = [dict(message) for message in transcript.messages]
+        if conversation.thinking is not None and transcript.thinking is not None:
+            conversation.thinking = transcript.thinking
+        if conversation.messages and conversation.messages[-1]["role"] == "user":
+            conversation.add_assistant("")  # the process ended before a reply came
+        conversation.prompt()  # a template may refuse it
+        drafts = transcript.drafts if self.loaded.mtp is not None else self.drafts
+        control = make_control(self.loaded, drafts)
+        state, problem = self._saved_state(cache, control.fixed != 0)
+        self.conversation, self.settings = conversation, {**DEFAULTS, **transcript.settings}
+        self.drafts, self.control, self.state, self.takes = drafts, control, state, 0
+        return problem
+
+    def _saved_state(self, cache: Path | None, with_drafts: bool) -> tuple[State, str | None]:
+        """Return the state of a file, or an empty one and why that file cannot be used."""
+        empty = make_state(self.loaded, with_drafts)
+        if cache is None:
+            return empty, None
+        try:
+            state = load_state(cache, self.loaded.model)
+        except (UserError, OSError) as error:
+            return empty, getattr(error, "message", str(error))
+        if empty.mtp_cache is None:
+            state.drop_mtp()
+        elif state.mtp_cache is None:
+            return empty, f"`{cache}` was saved without drafts"
+        return state, None
 
     def clear(self) -> None:
         """Forget the messages; the system prompt stays."""

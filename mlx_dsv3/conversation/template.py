@@ -18,6 +18,7 @@ MOST_BYTES = 1 << 30
 MOST_CHARACTERS = 1_000_000  # of a first message, where real ones write some hundred
 STATM = Path("/proc/self/statm")  # Linux: the pages of this process
 UNSAID = {"MemoryError": "more than a template may take"}
+VARIABLES = ("thinking", "enable_thinking")  # DeepSeek-V3.1's, GLM's
 OF_THIS_MODEL = "copy the chat template of this model from the hub"
 
 
@@ -32,8 +33,11 @@ def template_file(tokenizer) -> Path:
     return file if file.is_file() else folder / "tokenizer_config.json"
 
 
-def render(tokenizer, messages: list[dict]) -> str:
-    """Return the text of a conversation up to the next reply, or raise `UserError`."""
+def render(tokenizer, messages: list[dict], thinking: bool | None = None) -> str:
+    """Return the text of a conversation up to the next reply, or raise `UserError`.
+
+    `thinking` is for a template that has the variable, None for any other.
+    """
     if not tokenizer.has_chat_template:
         raise UserError(
             f"`{tokenizer.name_or_path}` has no chat template, as base models have none",
@@ -41,13 +45,33 @@ def render(tokenizer, messages: list[dict]) -> str:
             "to chat, convert the chat model",
         )
     try:
-        return apply(tokenizer, messages)
+        return apply(tokenizer, messages, thinking)
     except Exception as error:  # the template's own, of any kind
         raise refusal(tokenizer, messages, error) from None
 
 
-def apply(tokenizer, messages: list[dict]) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+def apply(tokenizer, messages: list[dict], thinking: bool | None = None) -> str:
+    said = {} if thinking is None else dict.fromkeys(VARIABLES, thinking)
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, **said
+    )
+
+
+def default_thinking(tokenizer) -> bool | None:
+    """Say whether a model thinks where nobody says so; None where its template has no variable.
+
+    Found by what the template writes. mlx-lm's wrapper gives a variable of its own to every
+    tokenizer that has `<think>`: the tokenizer inside it does not.
+    """
+    question, inner = [{"role": "user", "content": "Hello"}], getattr(tokenizer, "_tokenizer", None)
+    try:
+        with bounded(tokenizer):
+            on, off = apply(tokenizer, question, True), apply(tokenizer, question, False)
+            return None if on == off else apply(inner or tokenizer, question) == on
+    except UserError:
+        raise
+    except Exception:  # `render` tells it
+        return None
 
 
 def refusal(tokenizer, messages: list[dict], error: Exception) -> UserError:

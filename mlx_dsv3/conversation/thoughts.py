@@ -8,16 +8,22 @@ and text that may be the start of one is held back. Knows no tokens and no messa
 OPEN, CLOSE = "<think>", "</think>"
 
 
+def split(reply: str) -> tuple[str, str]:
+    """Return the thoughts of a whole reply and its answer, both as they were written."""
+    before, closing, answer = reply.partition(CLOSE)
+    return (before.lstrip().removeprefix(OPEN), answer) if closing else ("", reply)
+
+
 class Thoughts:
     """Tells thoughts from the answer. `starts_inside` says that the prompt has opened a thought.
 
     Without `may_think` all of a reply is its answer. A tag counts where the model's template has
-    it: an opening one before anything else, a closing one within a thought. Line ends around a
-    thought are no part of the answer.
+    it: an opening one before anything else, also after the prompt has opened the thought, a closing
+    one within a thought. Line ends around a thought are no part of the answer.
     """
 
     def __init__(self, starts_inside: bool, may_think: bool = True):
-        self.is_inside, self.may_open = starts_inside, may_think and not starts_inside
+        self.is_inside, self.may_open = starts_inside, may_think
         self.had_thought = starts_inside
         self._held, self._is_trimming = "", starts_inside
 
