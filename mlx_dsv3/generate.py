@@ -38,6 +38,7 @@ class Stats:
     prompt_tokens: int
     reused_tokens: int
     prompt_s: float
+    first_token_s: float  # from the call on
     reply_tokens: int
     reply_s: float
     peak_bytes: int
@@ -197,7 +198,7 @@ def run(
     limit = room if max_tokens is None else min(max_tokens, room)
     store, mask, drafted = loaded.store, loaded.vocabulary_mask, DraftStats()
     detokenizer, ends = loaded.tokenizer.detokenizer, set(loaded.tokenizer.eos_token_ids)
-    before, start = store.counters, time.perf_counter()
+    before, start, first_s = store.counters, time.perf_counter(), 0.0
     try:
         for event in prefill(loaded.model, loaded.mtp, state, ids, loaded.plan.prefill_chunk):
             yield event
@@ -210,12 +211,15 @@ def run(
                     detokenizer.add_token(token)
                 if reason is not None:
                     detokenizer.finalize()
+                now = time.perf_counter()
+                first_s = first_s or now - start
                 stats = Stats(
                     prompt_tokens=len(ids),
                     reused_tokens=event.reused,
                     prompt_s=begun - start,
+                    first_token_s=first_s,
                     reply_tokens=count,
-                    reply_s=time.perf_counter() - begun,
+                    reply_s=now - begun,
                     peak_bytes=mx.get_peak_memory(),
                     drafts=drafted.copy(),
                     experts=store.counters - before if store.is_streamed else None,

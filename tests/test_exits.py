@@ -16,7 +16,7 @@ from mlx_dsv3.errors import UserError, missing_package, read_text, run_main, vis
 
 ROOT = Path(__file__).parents[1]
 ANSWER = "Hello! What would you like to know?\n"
-STATISTICS = "[prompt 4 tokens"
+STATISTICS = "[prompt 4 (0 reused)"
 
 
 def shell(line: str, *names: Path, **env: str) -> subprocess.CompletedProcess:

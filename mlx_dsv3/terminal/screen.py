@@ -1,18 +1,28 @@
-"""A reply on a terminal or a pipe: the answer on stdout, everything else on stderr."""
+"""A reply on a terminal or a pipe: the answer on stdout, everything else on stderr.
+
+A person at a terminal sees thoughts too, dim; what reads a pipe gets the answer alone, as the model
+wrote it.
+"""
 
 import json
 import sys
+import time
 
 from mlx_dsv3.conversation.session import End, Event, Text
 from mlx_dsv3.errors import visible
 from mlx_dsv3.generate import Prefill
-from mlx_dsv3.terminal.statistics import stats_values, stats_words
+from mlx_dsv3.terminal.drawing import can_show, dim, duration, takes_attributes
+from mlx_dsv3.terminal.statistics import reply_values, stats_values, stats_words
 
 REMARKS = {"length": "(cut off at the token limit)", "interrupted": "(stopped)"}
 
 
 class Screen:
-    """Shows replies; `stats` is what `--stats` says: line, json or off."""
+    """Shows replies; `stats` is what `--stats` says: line, json or off.
+
+    The attributes may change between replies. `raw` shows a reply without any attribute;
+    `as_json` prints it as one object when it has ended.
+    """
 
     def __init__(
         self,
@@ -24,35 +34,100 @@ class Screen:
     ):
         self.stats, self.markdown, self.raw = stats, markdown, raw
         self.hide_thinking, self.as_json = hide_thinking, as_json
-        self.is_inside_line = False
         self.on_terminal = sys.stdout.isatty()  # a pipe or a file gets what the model wrote
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the reply before."""
+        self.began, self.prefill = time.perf_counter(), None
+        self.is_inside_line = False
+        self.thought_s: int | None = None  # whole seconds, while a thought lasts
+        self.thought_end = ""
 
     def show(self, event: Event) -> None:
-        """Show an event of a turn, the text on stdout."""
+        """Show an event of a turn, the answer on stdout."""
         if isinstance(event, Prefill):
-            return
-        if isinstance(event, Text):
-            print(visible(event.text) if self.on_terminal else event.text, end="", flush=True)
-            self.is_inside_line |= bool(event.text)
-            return
-        if self.stats != "json" and event.finish_reason in REMARKS:
-            print(f"\n{REMARKS[event.finish_reason]}", end="", file=sys.stderr)
-        self.end_line()
-        if event.stats is not None:
+            self.began, self.prefill = time.perf_counter(), event
+        elif isinstance(event, End):
             self.show_end(event)
+        elif not self.as_json:
+            self.show_text(event)
+
+    def show_text(self, event: Text) -> None:
+        if event.is_thought:
+            self.show_thought(event.text)
+        elif event.text:
+            self.end_thought()
+            print(self.shown(event.text), end="", flush=True)
+            self.is_inside_line = True
+
+    def shown(self, text: str) -> str:
+        """Return a piece of the answer as stdout gets it."""
+        return visible(text) if self.on_terminal else text
+
+    @property
+    def beside(self):
+        """Return the stream of what a person alone sees, None where nobody does."""
+        return next((s for s in (sys.stdout, sys.stderr) if s.isatty()), None)
+
+    def show_thought(self, text: str) -> None:
+        """Show a piece of a thought, or for how long it has lasted."""
+        if (stream := self.beside) is None or self.thought_s is None and not text:
+            return
+        seconds = int(time.perf_counter() - self.began)
+        if not self.hide_thinking:
+            text = visible(text)
+            print(text if self.raw else dim(text, stream), end="", file=stream, flush=True)
+            self.thought_end = text[-1:] or self.thought_end
+        elif seconds != self.thought_s:
+            words = "thinking … " if can_show("…", stream) else "thinking ... "
+            if takes_attributes(stream):
+                words = "\r" + dim(f"{words}{seconds} s", stream)
+            elif self.thought_s is not None:
+                words = ""
+            print(words, end="", file=stream, flush=True)
+        self.thought_s, self.is_inside_line = seconds, True
+
+    def end_thought(self) -> None:
+        """Say how long a thought took, below it or in the place of its seconds."""
+        if self.thought_s is None:
+            return
+        stream, self.thought_s, self.is_inside_line = self.beside, None, False
+        words = f"thought for {duration(time.perf_counter() - self.began)}"
+        if self.hide_thinking:
+            before = "\r\x1b[K" if takes_attributes(stream) else ""
+        else:
+            before = "" if self.thought_end == "\n" else "\n"
+        print(f"{before}{dim(words, stream)}", file=stream, flush=True)
 
     def fail(self) -> None:
         """End what a reply left on the screen: the error begins its own line."""
         if self.is_inside_line:
             self.end_line()
+        self.begin()
 
     def end_line(self) -> None:
         self.is_inside_line = False
         print(flush=True)
 
     def show_end(self, end: End) -> None:
-        """Show the statistics of a reply, as `--stats` says."""
-        if self.stats == "json":
-            print(json.dumps(stats_values(end), allow_nan=False), file=sys.stderr)
-        elif self.stats == "line":
-            print(f"[{'; '.join(stats_words(end.stats))}]", file=sys.stderr)
+        """Show why a reply ended and what it took, as `--stats` and `--json` say."""
+        if self.as_json:
+            print_json(reply_values(end, self.prefill), sys.stdout)
+        else:
+            self.end_thought()
+            self.end_line()
+            if self.stats != "json" and end.finish_reason in REMARKS:
+                print(REMARKS[end.finish_reason], file=sys.stderr)
+        if end.stats is not None and self.stats == "json":
+            print_json(stats_values(end), sys.stderr)
+        elif end.stats is not None and self.stats == "line" and not self.as_json:
+            words = f"[{'; '.join(stats_words(end.stats))}]"
+            print(dim(words, sys.stderr), file=sys.stderr)
+        self.begin()
+
+
+def print_json(values: dict, stream) -> None:
+    """Print an object on one line, in ASCII: every encoding has it, and no terminal obeys it."""
+    text = json.dumps(values, allow_nan=False).replace("\x7f", r"\u007f")
+    print(text, file=stream, flush=True)

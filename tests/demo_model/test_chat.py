@@ -58,7 +58,7 @@ def test_one_shot_prints_the_answer_alone_on_stdout(demo_q4):
     done = start(demo_q4, "-p", QUESTION)
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout and done.stdout.count("\n") == 1
-    assert re.search(r"prompt \d+ tokens .* reply \d+ tokens", done.stderr)
+    assert re.search(r"prompt \d+ .*first token .* reply \d+", done.stderr)
 
 
 def test_stdin_is_the_question_or_is_appended(demo_q4):
@@ -124,7 +124,7 @@ def test_an_interrupted_question_prints_what_was_said_and_ends_with_130(demo_q4,
         done = run(demo_q4, *arguments, "--drafts", "0", stdin=stdin)
         said = done.stdout.removesuffix("\n")
         assert done.returncode == 130 and said and said != whole and whole.startswith(said)
-        assert done.stderr.startswith("\n(stopped)[prompt")
+        assert done.stderr.startswith("(stopped)\n[prompt")
 
 
 def refused(done: subprocess.CompletedProcess, *words: str) -> None:

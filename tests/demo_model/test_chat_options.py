@@ -123,7 +123,8 @@ def test_stats_command_tells_the_last_reply(open_chat, capsys):
     assert len(lines) == len(counts)
     for line, (layer, count) in zip(lines, counts.items(), strict=True):
         capacity = store.banks[layer].capacity
-        assert line.startswith(f"layer {layer}: {capacity} slots, {count.hit_rate:.0%} hits, ")
+        words = f"{count.hits:,} of {count.hits + count.misses:,} hits, {capacity} slots, "
+        assert line.startswith(f"layer {layer} ") and words in line
 
 
 def test_trace_is_json_lines(demo_q4, tmp_path):
@@ -212,6 +213,6 @@ def test_ctrl_c_while_text_is_shown(open_chat, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("sys.stdout", Slow())
         answer_line(talk, QUESTION)
-    assert "(stopped)[prompt" in capsys.readouterr().err
+    assert "(stopped)\n[prompt" in capsys.readouterr().err
     kept = talk.session.conversation.messages[-1]["content"]
     assert kept and "".join(shown) == f"{kept}\n"

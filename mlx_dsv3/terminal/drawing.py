@@ -1,0 +1,51 @@
+"""What a stream can show: text with attributes, and bars. Knows no reply.
+
+A file, a pipe, `TERM=dumb` and `NO_COLOR` get no control code at all; a bar is of ASCII where the
+encoding has no blocks.
+"""
+
+import os
+import sys
+
+RESET, DIM = "\x1b[0m", "\x1b[2m"
+BLOCKS = " ▏▎▍▌▋▊▉█"
+
+
+def takes_attributes(stream) -> bool:
+    """Say whether a stream is a terminal that may be sent control codes."""
+    is_plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return stream.isatty() and not is_plain
+
+
+def dim(text: str, stream) -> str:
+    """Return a text as it is shown beside a reply."""
+    return f"{DIM}{text}{RESET}" if takes_attributes(stream) else text
+
+
+def can_show(text: str, stream) -> bool:
+    """Say whether a stream's encoding has all characters of a text."""
+    try:
+        text.encode(getattr(stream, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def bar(share: float, width: int) -> str:
+    """Draw a share from 0 to 1 over so many columns, for stderr; what is not 0 shows."""
+    eighths = round(min(max(share, 0), 1) * width * 8)
+    eighths = max(eighths, 1) if share > 0 else 0
+    if not can_show(BLOCKS, sys.stderr):
+        return ("#" * -(-eighths // 8)).ljust(width)
+    whole, rest = divmod(eighths, 8)
+    return ("█" * whole + BLOCKS[rest] * (rest > 0)).ljust(width)
+
+
+def duration(seconds: float) -> str:
+    """Return seconds for people: two digits at least, minutes from the second on."""
+    if seconds < 9.95:
+        return f"{seconds:.2g} s"
+    if seconds < 119.5:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s"
