@@ -13,8 +13,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.utils import load_tokenizer
-from transformers import PreTrainedConfig
 
 from mlx_dsv3.config import ModelArgs, end_tokens
 from mlx_dsv3.errors import UserError, read_text
@@ -37,6 +35,9 @@ def load_checked_tokenizer(folder: Path, args: ModelArgs, config: dict, trust_re
     """
     ends = end_tokens(folder, config, args.vocab_size)
     check_files(folder)
+    from mlx_lm.utils import load_tokenizer
+    from transformers import PreTrainedConfig
+
     extra = {"model_max_length": NO_LIMIT, "trust_remote_code": trust_remote_code}
     try:
         extra["config"] = known = PreTrainedConfig(tokenizer_class=config.get("tokenizer_class"))

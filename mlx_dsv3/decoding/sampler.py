@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import mlx.core as mx
-from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logits_processors
 
 # Below it the noise is lost in the rounding of float32 (and much below the division overflows).
 LEAST_TEMP = 1e-5
@@ -21,7 +20,11 @@ LEAST_TOP_P = 1e-6
 
 def repetition_penalties(penalty: float | None) -> list[Callable]:
     """Return the penalties for a factor on what the last 20 tokens hold; none for None and 1."""
-    return make_logits_processors(repetition_penalty=penalty) if penalty not in (None, 1) else []
+    if penalty in (None, 1):
+        return []
+    from mlx_lm.sample_utils import make_logits_processors
+
+    return make_logits_processors(repetition_penalty=penalty)
 
 
 def gumbel(size: int, key: mx.array) -> mx.array:
@@ -47,6 +50,8 @@ class Sampler:
 
     def filtered(self, logprobs: mx.array) -> mx.array:
         """Return log-probabilities (rows, vocabulary) with what the filters drop at -inf."""
+        from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
+
         if 0 < self.top_p < 1:
             logprobs = apply_top_p(logprobs, max(self.top_p, LEAST_TOP_P))
         if self.min_p > 0:

@@ -18,9 +18,9 @@ from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.activations import swiglu
 
 from mlx_dsv3.model import cpu
+from mlx_dsv3.model.linear import swiglu
 
 # Splitting a step into hits and misses costs two launches more; not worth it for shorter reads.
 HITS_FIRST_AFTER_S = 0.0005

@@ -16,7 +16,6 @@ from copy import copy
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
-from mlx_lm.models.mla import MultiLinear
 
 from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.model.cache import LatentCache
@@ -128,6 +127,8 @@ class MLA(nn.Module):
 
     def __init__(self, args: ModelArgs):
         super().__init__()
+        from mlx_lm.models.mla import MultiLinear  # 2 s: it brings the whole package
+
         D, H, C = args.hidden_size, args.num_attention_heads, args.kv_lora_rank
         N, R, V = args.qk_nope_head_dim, args.qk_rope_head_dim, args.v_head_dim
         self.num_heads, self.nope_dims, self.rope_dims = H, N, R

@@ -9,10 +9,9 @@ they are computed (`mlx_dsv3/experts/products.py`).
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.activations import swiglu
 
 from mlx_dsv3.config import ModelArgs
-from mlx_dsv3.model.linear import Joined, Linear
+from mlx_dsv3.model.linear import Joined, Linear, swiglu
 
 
 def route(logits: mx.array, bias: mx.array, args: ModelArgs) -> tuple[mx.array, mx.array]:
