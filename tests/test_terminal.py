@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from mlx_dsv3.conversation.session import End, Text
+from mlx_dsv3.terminal.drawing import RESET
 from mlx_dsv3.terminal.repl import Chat, answer_line
 from mlx_dsv3.terminal.screen import Screen
 from mlx_dsv3.terminal.trace import Trace
@@ -13,6 +14,12 @@ from mlx_dsv3.terminal.trace import Trace
 # Clears the screen, sets the title and the clipboard, in C0 and in C1; hides what came before.
 HOSTILE = "\x1b[2J\x1b]0;title\x07 \x1b]52;c;eA==\x07 \x9b2J\x90x\x9c a\rb\x7f\x08 \u202ec"
 SHOWN = r"\x1b[2J\x1b]0;title\x07 \x1b]52;c;eA==\x07 \x9b2J\x90x\x9c a\x0db\x7f\x08 \u202ec"
+
+
+@pytest.fixture(autouse=True)
+def colours(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
 
 
 class Stdout(io.StringIO):
@@ -43,7 +50,7 @@ def test_a_reply_cannot_drive_the_terminal(monkeypatch, is_terminal):
     screen.is_terminal = is_terminal
     monkeypatch.setattr("sys.stdout", screen)
     chat_that_says("1\n\t", *HOSTILE).turn("x")
-    assert screen.getvalue() == f"1\n\t{SHOWN if is_terminal else HOSTILE}\n"
+    assert screen.getvalue() == f"1\n\t{SHOWN + RESET if is_terminal else HOSTILE}\n"
 
 
 @pytest.mark.parametrize(

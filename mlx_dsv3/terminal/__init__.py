@@ -1,6 +1,7 @@
 """A session on a terminal or a pipe: the answer goes to stdout and everything else to stderr.
 
 `repl` reads lines and answers them, `commands` are those with a slash, `screen` shows the events of
-a reply; `statistics` has the words for what a reply took, `drawing` the bars, `start` the words for
-memory and disk at the start, `trace` the file of `--trace`. No tensor code here.
+a reply, `markdown` marks its text; `statistics` has the words for what a reply took, `drawing` bars
+and attributes, `start` the words for memory and disk at the start, `trace` the file of `--trace`.
+No tensor code here.
 """

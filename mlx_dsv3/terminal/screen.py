@@ -11,7 +11,8 @@ import time
 from mlx_dsv3.conversation.session import End, Event, Text
 from mlx_dsv3.errors import visible
 from mlx_dsv3.generate import Prefill
-from mlx_dsv3.terminal.drawing import can_show, dim, duration, takes_attributes
+from mlx_dsv3.terminal.drawing import RESET, can_show, dim, duration, takes_attributes
+from mlx_dsv3.terminal.markdown import Markdown
 from mlx_dsv3.terminal.statistics import reply_values, stats_values, stats_words
 
 REMARKS = {"length": "(cut off at the token limit)", "interrupted": "(stopped)"}
@@ -40,7 +41,7 @@ class Screen:
     def begin(self) -> None:
         """Forget the reply before."""
         self.began, self.prefill = time.perf_counter(), None
-        self.is_inside_line = False
+        self.is_inside_line, self.marks = False, Markdown()
         self.thought_s: int | None = None  # whole seconds, while a thought lasts
         self.thought_end = ""
 
@@ -63,12 +64,19 @@ class Screen:
 
     def shown(self, text: str) -> str:
         """Return a piece of the answer as stdout gets it."""
-        return visible(text) if self.on_terminal else text
+        text = visible(text) if self.on_terminal else text
+        return self.marks.feed(text) if self.is_marked else text
+
+    @property
+    def is_marked(self) -> bool:
+        """Say whether Markdown is shown by attributes."""
+        may = self.markdown and not self.raw
+        return may and self.on_terminal and takes_attributes(sys.stdout)
 
     @property
     def beside(self):
         """Return the stream of what a person alone sees, None where nobody does."""
-        return next((s for s in (sys.stdout, sys.stderr) if s.isatty()), None)
+        return sys.stdout if self.on_terminal else sys.stderr if sys.stderr.isatty() else None
 
     def show_thought(self, text: str) -> None:
         """Show a piece of a thought, or for how long it has lasted."""
@@ -108,7 +116,8 @@ class Screen:
 
     def end_line(self) -> None:
         self.is_inside_line = False
-        print(flush=True)
+        rest = self.marks.end() + RESET if self.is_marked else ""  # whatever Ctrl-C interrupted
+        print(rest, flush=True)
 
     def show_end(self, end: End) -> None:
         """Show why a reply ended and what it took, as `--stats` and `--json` say."""
