@@ -8,6 +8,7 @@ from mlx_dsv3.conversation.messages import clean
 from mlx_dsv3.conversation.session import End, Event, Session
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.terminal.commands import Leave, run_command
+from mlx_dsv3.terminal.kept import Kept
 from mlx_dsv3.terminal.screen import Screen
 
 HINT_AT_CTRL_C = "(/exit or Ctrl-D leaves)"
@@ -72,14 +73,14 @@ def told(error: Exception) -> UserError:
 
 def repl(chat: Chat) -> None:
     """Read lines until /exit or Ctrl-D; Ctrl-C at the prompt says how to leave."""
-    from prompt_toolkit import PromptSession  # a pipe needs none
+    from mlx_dsv3.terminal.lines import Lines  # a pipe needs none
 
-    lines = PromptSession(">>> ")
+    lines = Lines(Kept())
     if chat.screen.stats != "json":
         print("/help lists commands", file=sys.stderr)
     while True:
         try:
-            if line := lines.prompt().strip():
+            if line := lines.read():
                 answer_line(chat, line)
         except KeyboardInterrupt:
             print(HINT_AT_CTRL_C, file=sys.stderr)

@@ -1,0 +1,94 @@
+"""What stays between runs, in `~/.mlx_dsv3`: the lines typed, and every chat.
+
+The folder and its files are for their user alone. Where they cannot be used, that is said once,
+nothing is kept, and the chat goes on. Each chat has a file of its own, so that two at once never
+mix; a chat that is taken up again goes on in a new one.
+"""
+
+import os
+import stat
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+from mlx_dsv3.errors import UserError, unusable
+
+FOLDER = "~/.mlx_dsv3"
+MOST_CHATS = 50
+MOST_READ = 1 << 20  # bytes of the history, its last: years of lines
+LONGEST_LINE = 1 << 16  # characters: a pasted book is no line to come back to
+PRIVATE = os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+def private_folder(name: str = "") -> Path:
+    """Return a folder that only its user can use, made where it is not there."""
+    home = Path(FOLDER).expanduser()
+    for folder in dict.fromkeys((home, home / name)):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        owned(folder, os.lstat(folder))
+        folder.chmod(0o700)
+    return home / name
+
+
+def owned(path: Path, found: os.stat_result) -> None:
+    """Refuse what another user has put there."""
+    if found.st_uid != os.getuid():
+        raise UserError(f"`{path}` belongs to another user", "remove it")
+
+
+def open_history(flags: int) -> int:
+    """Open the file of the lines typed; never what another name leads to."""
+    path = private_folder() / "history"
+    file = os.open(path, flags | PRIVATE, 0o600)
+    found = os.fstat(file)
+    try:
+        owned(path, found)
+        if not stat.S_ISREG(found.st_mode):
+            raise UserError(f"`{path}` is not a file", "remove it")
+        os.fchmod(file, 0o600)
+    except BaseException:
+        os.close(file)
+        raise
+    return file
+
+
+def read_history() -> list[str]:
+    """Return the last lines typed, in the format of prompt_toolkit's `FileHistory`."""
+    with open(open_history(os.O_RDONLY), "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - MOST_READ))
+        blocks = file.read().decode("utf-8", "replace").split("\n\n# ")
+    lines = [[line[1:] for line in block.split("\n") if line.startswith("+")] for block in blocks]
+    return ["\n".join(each) for each in lines if each]
+
+
+def append_history(text: str) -> None:
+    """Add a line typed; one write, so that two chats never mix."""
+    block = f"\n# {datetime.now()}\n" + "".join(f"+{line}\n" for line in text.split("\n"))
+    with open(open_history(os.O_WRONLY | os.O_APPEND), "wb", buffering=0) as file:
+        file.write(block.encode("utf-8", "replace"))
+
+
+class Kept:
+    """Keeps lines and a chat as long as that works."""
+
+    def __init__(self):
+        self.has_told = False
+
+    def attempt(self, step: Callable, *arguments):
+        """Return what a step does, None where it cannot; say so the first time."""
+        try:
+            return step(*arguments)
+        except (OSError, UserError) as error:
+            if not self.has_told:
+                error = unusable(error) if isinstance(error, OSError) else error
+                print(f"warning: what is typed is not kept: {error.message}", file=sys.stderr)
+            self.has_told = True
+
+    def history(self) -> list[str]:
+        return self.attempt(read_history) or []
+
+    def remember(self, text: str) -> None:
+        """Keep a line; one that begins with a space may hold a secret."""
+        if text.strip() and text[0] != " " and len(text) <= LONGEST_LINE:
+            self.attempt(append_history, text)

@@ -1,0 +1,174 @@
+"""What a person types: one message or command at a time, edited by prompt_toolkit.
+
+Enter sends, Alt-Enter begins a new line, and so does Enter after an open \"""; a pasted text is one
+message. Works outside the main thread too, where prompt_toolkit leaves signals alone. Imports no
+model code: the first prompt is shown while the model loads.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.application import get_app_or_none, run_in_terminal
+from prompt_toolkit.completion import Completer, Completion
+from prompt_toolkit.enums import DEFAULT_BUFFER
+from prompt_toolkit.filters import has_focus
+from prompt_toolkit.history import InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings
+from prompt_toolkit.output import Output, create_output
+from prompt_toolkit.shortcuts import CompleteStyle
+
+from mlx_dsv3.errors import UserError, in_line
+from mlx_dsv3.terminal.kept import Kept
+
+PROMPT, CONTINUATION = ">>> ", "... "
+QUOTES = '"""'
+EDITORS = ("/usr/bin/editor", "nano", "vi")
+LAST_WORD = re.compile(r"(?:\\.|\S)*\Z")  # a space after a backslash is part of a file's name
+
+
+def is_open(text: str) -> bool:
+    """Say whether a message begins with three quotes and does not end with others."""
+    text = text.strip()
+    return text.startswith(QUOTES) and (len(text) < 6 or not text.endswith(QUOTES))
+
+
+def unquoted(text: str) -> str:
+    """Return a message without the quotes around it; quoted, a slash begins no command."""
+    text = text.strip()
+    if not text.startswith(QUOTES) or is_open(text):
+        return text
+    text = text[3:-3].strip("\n")
+    return f"/{text}" if text.startswith("/") else text
+
+
+def edited(text: str) -> str:
+    """Return a text as the user's editor leaves it."""
+    named = [os.environ.get(name) for name in ("VISUAL", "EDITOR")]
+    with tempfile.NamedTemporaryFile(prefix="mlx_dsv3-", suffix=".md") as file:
+        file.write(text.encode("utf-8", "replace"))
+        file.flush()
+        for editor in filter(None, (*named, *EDITORS)):
+            try:
+                status = subprocess.call([*shlex.split(editor), file.name])
+            except (OSError, ValueError):  # not there, or an open quote
+                continue
+            if status:
+                raise UserError(f"the editor `{editor}` ended with status {status}")
+            with open(file.name, "rb") as changed:  # many editors write a new file
+                return changed.read().decode("utf-8", "replace").removesuffix("\n")
+    raise UserError("no editor was found", "`export EDITOR=nano` chooses one")
+
+
+class History(InMemoryHistory):
+    """The lines that the up-arrow goes through."""
+
+    def append_string(self, string: str) -> None:
+        if not string.startswith(" "):
+            super().append_string(string)
+
+
+class Words(Completer):
+    """Completes the last word by what may stand there, given all that was typed."""
+
+    def __init__(self, choices: Callable[[str], Iterable[str]]):
+        self.choices = choices
+
+    def get_completions(self, document, complete_event):
+        text = document.text_before_cursor
+        for word in self.choices(text):
+            start = -len(LAST_WORD.search(text)[0])
+            yield Completion(word, start, display=in_line(word))
+
+
+def key_bindings() -> KeyBindings:
+    """Return the keys that differ from those of a plain line."""
+    keys = KeyBindings()
+    is_typing = has_focus(DEFAULT_BUFFER)  # and does not search the history
+
+    @keys.add("enter", filter=is_typing)
+    def enter(event) -> None:
+        buffer = event.current_buffer
+        buffer.newline(False) if is_open(buffer.text) else buffer.validate_and_handle()
+
+    @keys.add("escape", "enter", filter=is_typing)
+    def newline(event) -> None:
+        event.current_buffer.newline(False)
+
+    @keys.add("c-g", filter=is_typing)
+    async def edit(event) -> None:
+        buffer = event.current_buffer
+        try:
+            text = await run_in_terminal(lambda: edited(buffer.text), in_executor=True)
+        except (UserError, OSError) as error:
+            told = str(error)
+            await run_in_terminal(lambda: print(told, file=sys.stderr))
+        else:
+            buffer.text = text
+            buffer.cursor_position = len(text)
+
+    return keys
+
+
+def own_output() -> Output:
+    """Return where the prompt is shown: a terminal, and never a pipe for the answers."""
+    return create_output(sys.stdout if sys.stdout.isatty() else sys.stderr)
+
+
+class Lines:
+    """Reads what is typed. `choices` completes words; `default` is put into the next line."""
+
+    def __init__(self, kept: Kept | None = None, choices=lambda text: (), input=None, output=None):
+        self.kept, self.default, self.is_ended = kept, "", False
+        self.session = PromptSession(
+            PROMPT,
+            history=History(kept.history() if kept else []),
+            completer=Words(choices),
+            complete_while_typing=False,
+            complete_style=CompleteStyle.READLINE_LIKE,  # others reserve lines below the prompt
+            key_bindings=key_bindings(),
+            multiline=True,
+            prompt_continuation=CONTINUATION,
+            enable_suspend=True,
+            input=input,
+            output=output or own_output(),
+        )
+
+    def read(self, toolbar: Callable[[], str] | None = None) -> str:
+        """Return the next message or command.
+
+        Raises `EOFError` after Ctrl-D or `end`, `KeyboardInterrupt` after Ctrl-C with nothing
+        typed; else it discards what was. `toolbar` gives a line to show below meanwhile.
+        """
+        self.session.bottom_toolbar = toolbar
+        self.session.refresh_interval = 0.2 if toolbar else 0
+        while not self.is_ended:
+            default, self.default = self.default, ""
+            try:
+                text = self.session.prompt(default=default)
+            except KeyboardInterrupt:
+                if self.session.default_buffer.text:
+                    continue
+                raise
+            if self.kept:
+                self.kept.remember(text)
+            return unquoted(text)
+        raise EOFError
+
+    def end(self) -> bool:
+        """End the reading from a signal's handler or another thread; say whether there was any."""
+        self.is_ended, app = True, get_app_or_none()
+
+        def leave() -> None:
+            if app.is_running and not app.is_done:
+                app.exit(exception=EOFError)
+
+        if app is None or not app.is_running:
+            return False
+        app.loop.call_soon_threadsafe(leave)
+        return True
