@@ -7,7 +7,8 @@ stream of text), then the room of your question: `checkpoint` (what a folder hol
 disk to a product), `decoding` (plain and drafted steps), `conversation` and `terminal` (a chat),
 `parity` and `reference` (the proof). Beside the rooms lie what enters first (`errors`, `options`,
 `json_files`, `config` with its `fields`) and the files that put rooms together (`device`, `memory`
-with its `transients`, `tokenizer`, `load`). `tests/test_layering.py` holds who may import whom.
+with its `transients`, `tokenizer`, `detokenizer`, `load`). `tests/test_layering.py` holds who may
+import whom.
 
 Importing this package loads nothing: `mlx_dsv3.config` needs only the standard library,
 `mlx_dsv3.reference` neither mlx nor what needs it.

@@ -19,6 +19,7 @@ from mlx_dsv3.decoding.draft_stats import DraftStats
 from mlx_dsv3.decoding.sampler import Sampler
 from mlx_dsv3.decoding.state import State, common_prefix_length
 from mlx_dsv3.decoding.steps import Stepper, catch_up, decode
+from mlx_dsv3.detokenizer import Detokenizer
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.experts.bank import Counters
 from mlx_dsv3.load import Loaded
@@ -197,7 +198,7 @@ def run(
     room = context_limit(loaded) - len(ids)
     limit = room if max_tokens is None else min(max_tokens, room)
     store, mask, drafted = loaded.store, loaded.vocabulary_mask, DraftStats()
-    detokenizer, ends = loaded.tokenizer.detokenizer, set(loaded.tokenizer.eos_token_ids)
+    detokenizer, ends = Detokenizer(loaded.tokenizer), set(loaded.tokenizer.eos_token_ids)
     before, start, first_s = store.counters, time.perf_counter(), 0.0
     try:
         for event in prefill(loaded.model, loaded.mtp, state, ids, loaded.plan.prefill_chunk):
@@ -207,10 +208,9 @@ def run(
         with closing(decode(stepper, ids[-1], limit, control, drafted)) as tokens:
             for count, token in enumerate(tokens, 1):
                 reason = "stop" if token in ends else "length" if count == limit else None
-                if reason != "stop":
-                    detokenizer.add_token(token)
+                text = "" if reason == "stop" else detokenizer.add(token)
                 if reason is not None:
-                    detokenizer.finalize()
+                    text += detokenizer.end()
                 now = time.perf_counter()
                 first_s = first_s or now - start
                 stats = Stats(
@@ -224,7 +224,7 @@ def run(
                     drafts=drafted.copy(),
                     experts=store.counters - before if store.is_streamed else None,
                 )
-                yield Piece(token, detokenizer.last_segment, reason, stats)
+                yield Piece(token, text, reason, stats)
                 if reason is not None:
                     return
     finally:

@@ -18,7 +18,7 @@ ROWS = [
     {"checkpoint"},
     {"model"},
     {"experts", "decoding"},
-    {"transients", "tokenizer"},
+    {"transients", "tokenizer", "detokenizer"},
     {"memory"},
     {"load"},
     {"generate", "parity"},
