@@ -130,20 +130,26 @@ def open_chat(options: argparse.Namespace):
     from mlx_dsv3.conversation.messages import check_template
     from mlx_dsv3.conversation.session import Session  # 2 s of imports: refusals come before them
     from mlx_dsv3.load import load
+    from mlx_dsv3.terminal.progress import LoadBar
     from mlx_dsv3.terminal.repl import Chat
     from mlx_dsv3.terminal.screen import Screen
     from mlx_dsv3.terminal.start import tell_start
 
     settings = chat_settings(folder.path, vars(options))
-    loaded = load(
-        folder,
-        trust_remote_code=options.trust_remote_code,
-        check_tokenizer=partial(check_template, system=options.system),
-        **memory_options(options),
-    )
+    bar = LoadBar()
+    try:
+        loaded = load(
+            folder,
+            trust_remote_code=options.trust_remote_code,
+            check_tokenizer=partial(check_template, system=options.system),
+            progress=bar,
+            **memory_options(options),
+        )
+    finally:
+        said = bar.end()
     screen = Screen(**screen_options(options))
     if screen.stats == "line":
-        tell_start(loaded, options.context)
+        tell_start(loaded, options.context, said)
     session = Session(loaded, system=options.system, settings=settings, drafts=options.drafts)
     if transcript is not None:
         session.restore(transcript, cache=None)

@@ -29,6 +29,7 @@ from mlx_dsv3.model.moe import MLP, MoE
 from mlx_dsv3.model.mtp import MTP
 from mlx_dsv3.tokenizer import load_checked_tokenizer, vocabulary_mask
 
+Progress = Callable[[int, int], None]  # bytes in memory, of so many
 DIFFERENT = "config.json and weights are of different checkpoints; fetch or convert both again"
 
 
@@ -160,12 +161,17 @@ def fill(module: nn.Module, weights: dict[str, mx.array], source: str) -> None:
     module.load_weights(list(weights.items()))
 
 
-def join_layers(module: nn.Module) -> None:
-    """Merge the projections that share an input, and read every weight."""
+def join_layers(module: nn.Module, advance: Callable[[int], None]) -> None:
+    """Merge the projections that share an input, and read every weight, a layer at a time."""
     for _, child in module.named_modules():
         if isinstance(child, MLA | MLP):
             child.join()
-    mx.eval(module.parameters())
+    done = 0
+    for part in (*getattr(module, "layers", ()), module):
+        mx.eval(part.parameters())
+        nbytes = sum(array.nbytes for _, array in tree_flatten(part.parameters()))
+        advance(nbytes - done if part is module else nbytes)
+        done += nbytes
 
 
 def plan_memory(
@@ -180,16 +186,39 @@ def plan_memory(
     return make_plan(folder.all_tensors, folder.args, dtype or default_dtype(), **options)
 
 
-def fill_model(folder: Folder, store: ExpertStore, dtype: mx.Dtype) -> tuple[Model, MTP | None]:
-    """Build model and MTP module and bring their weights in."""
+def fill_model(
+    folder: Folder, store: ExpertStore, dtype: mx.Dtype, advance: Callable[[int], None]
+) -> tuple[Model, MTP | None]:
+    """Build model and MTP module and bring their weights in; tell `advance` of bytes that came."""
     model = Model(folder.args)
     weights = cast_weights(split_kv_b(load_trunk(folder.tensors), folder.args), dtype)
     fill(model, weights, str(folder.path))
-    join_layers(model)
+    join_layers(model, advance)
     for i, layer in enumerate(model.layers):
         if isinstance(layer.mlp, MoE):
-            layer.mlp.experts = RoutedExperts(store.open_layer(i))
-    return model, load_mtp(folder, model, store, dtype) if folder.sidecar else None
+            layer.mlp.experts = open_experts(store, i, advance)
+    return model, load_mtp(folder, model, store, dtype, advance) if folder.sidecar else None
+
+
+def open_experts(store: ExpertStore, i: int, advance: Callable[[int], None]) -> RoutedExperts:
+    """Open the experts of a layer, and read them where all have a slot."""
+    bank = store.open_layer(i)
+    advance(bank.nbytes if bank.is_resident else 0)
+    return RoutedExperts(bank)
+
+
+def counting(plan: MemoryPlan, progress: Progress | None) -> Callable[[int], None]:
+    """Return what is told of bytes that came, and tells their sum."""
+    done = 0
+
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress is not None:
+            progress(done, plan.loaded_bytes)
+
+    advance(0)
+    return advance
 
 
 def load_model(
@@ -197,6 +226,7 @@ def load_model(
     *,
     dtype: mx.Dtype | None = None,
     plan: MemoryPlan | None = None,
+    progress: Progress | None = None,
     **options,
 ) -> Loaded:
     """Load everything but the tokenizer from an MLX folder or repository, by a memory plan.
@@ -214,7 +244,7 @@ def load_model(
     folder = fetch(folder)
     store = ExpertStore(folder.all_tensors, args, dtype, plan.slots)
     try:
-        model, mtp = fill_model(folder, store, dtype)
+        model, mtp = fill_model(folder, store, dtype, counting(plan, progress))
     except BaseException:
         store.close()
         raise
@@ -224,7 +254,13 @@ def load_model(
     return Loaded(model, mtp, store, plan, args, folder.config)
 
 
-def load_mtp(folder: Folder, model: Model, store: ExpertStore, dtype: mx.Dtype) -> MTP:
+def load_mtp(
+    folder: Folder,
+    model: Model,
+    store: ExpertStore,
+    dtype: mx.Dtype,
+    advance: Callable[[int], None],
+) -> MTP:
     """Read the sidecar: hub names `model.layers.{L}.*`, experts as records."""
     args = model.args
     prefix = mtp_prefix(args)
@@ -236,8 +272,8 @@ def load_mtp(folder: Folder, model: Model, store: ExpertStore, dtype: mx.Dtype) 
                 f"`{name}` in `{folder.path / SIDECAR}` is not of layer {args.num_hidden_layers}"
             )
     fill(mtp, {name.removeprefix(prefix): array for name, array in weights.items()}, SIDECAR)
-    join_layers(mtp)
-    mtp.mlp.experts = RoutedExperts(store.open_layer(args.num_hidden_layers))
+    join_layers(mtp, advance)
+    mtp.mlp.experts = open_experts(store, args.num_hidden_layers, advance)
     return mtp
 
 
@@ -250,6 +286,8 @@ def load(
     dtype: mx.Dtype | None = None,
     trust_remote_code: bool = False,
     with_mtp: bool = True,
+    plan: MemoryPlan | None = None,
+    progress: Progress | None = None,
     check_tokenizer: Callable[[object], None] | None = None,
 ) -> Loaded:
     """Load an MLX folder: model, tokenizer, MTP module if it has one, experts as planned.
@@ -261,11 +299,13 @@ def load(
     of 10^9 bytes); `context` is the length in tokens that memory is planned for; `dtype` is that
     of the activations, bfloat16 on a GPU and float32 on the CPU by default; without `with_mtp` the
     MTP module takes no memory and there are no drafts. On a GPU it sets MLX's limits for the whole
-    process (`device.limit_memory`). `check_tokenizer` is called with the tokenizer before anything
-    large is read. Raises `UserError` for a folder that cannot be run, with what is wrong in it.
+    process (`device.limit_memory`). A `plan` made before goes before these options. `progress` is
+    called after each layer with the bytes that are in memory and those that will be.
+    `check_tokenizer` is called with the tokenizer before anything large is read. Raises `UserError`
+    for a folder that cannot be run, with what is wrong in it.
     """
     opened, dtype = open_model(folder, with_mtp), dtype or default_dtype()
-    plan = make_plan(
+    plan = plan or make_plan(
         opened.all_tensors,
         opened.args,
         dtype,
@@ -277,7 +317,7 @@ def load(
     tokenizer = load_checked_tokenizer(opened.path, args, config, trust_remote_code)
     if check_tokenizer is not None:
         check_tokenizer(tokenizer)
-    loaded = load_model(opened, dtype=dtype, plan=plan)
+    loaded = load_model(opened, dtype=dtype, plan=plan, progress=progress)
     loaded.tokenizer = tokenizer
     loaded.vocabulary_mask = vocabulary_mask(tokenizer, args.vocab_size)
     return loaded

@@ -59,6 +59,13 @@ class MemoryPlan:
         return sum(self.num_experts * nbytes for nbytes in self.slot_bytes.values())
 
     @property
+    def loaded_bytes(self) -> int:
+        """What is read before the first prompt: streamed experts come when they are asked for."""
+        full = [i for i, count in self.slots.items() if count == self.num_experts]
+        experts = self.num_experts * sum(self.slot_bytes[i] for i in full)
+        return self.trunk_bytes + self.mtp_bytes + experts
+
+    @property
     def fixed_bytes(self) -> int:
         return self.trunk_bytes + self.mtp_bytes + self.cache_bytes + self.transient_bytes
 

@@ -252,7 +252,7 @@ def test_ctrl_c_while_it_answers(demo, tokens):
             "error: the system allows this process fewer",
         ),
         (
-            'ulimit -n 1024; $PY -m mlx_dsv3.parity "$1" none',
+            'ulimit -n 1024; $PY -m mlx_dsv3.parity perplexity "$1" README.md',
             "error: the system allows this process fewer",
         ),
         (

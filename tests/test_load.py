@@ -398,3 +398,13 @@ def test_header_skips_metadata(tmp_path):
     """`__metadata__` is no tensor."""
     mx.save_safetensors(str(tmp_path / "x.safetensors"), {"a": mx.ones(2)}, {"format": "mlx"})
     assert list(read_headers([tmp_path / "x.safetensors"])) == ["a"]
+
+
+@pytest.mark.parametrize("experts", ["resident", "streamed"])
+def test_progress_counts_what_comes_into_memory(folder, experts):
+    """A bar that ends at 97 % or begins at 12: trunk, MTP module and resident experts all count."""
+    told = []
+    loaded = load_model(folder, experts=experts, progress=lambda *each: told.append(each))
+    done, totals = zip(*told, strict=True)
+    assert done[0] == 0 and list(done) == sorted(done) and len(set(done)) > 3
+    assert {done[-1]} == set(totals) == {loaded.plan.loaded_bytes}

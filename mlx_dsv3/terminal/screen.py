@@ -13,6 +13,7 @@ from mlx_dsv3.errors import visible
 from mlx_dsv3.generate import Prefill
 from mlx_dsv3.terminal.drawing import RESET, can_show, dim, duration, takes_attributes
 from mlx_dsv3.terminal.markdown import Markdown
+from mlx_dsv3.terminal.progress import PromptBar
 from mlx_dsv3.terminal.statistics import reply_values, stats_values, stats_words
 
 REMARKS = {"length": "(cut off at the token limit)", "interrupted": "(stopped)"}
@@ -36,6 +37,7 @@ class Screen:
         self.stats, self.markdown, self.raw = stats, markdown, raw
         self.hide_thinking, self.as_json = hide_thinking, as_json
         self.on_terminal = sys.stdout.isatty()  # a pipe or a file gets what the model wrote
+        self.prompt_bar = PromptBar()
         self.begin()
 
     def begin(self) -> None:
@@ -49,7 +51,10 @@ class Screen:
         """Show an event of a turn, the answer on stdout."""
         if isinstance(event, Prefill):
             self.began, self.prefill = time.perf_counter(), event
-        elif isinstance(event, End):
+            self.prompt_bar.show(event)
+            return
+        self.prompt_bar.erase()
+        if isinstance(event, End):
             self.show_end(event)
         elif not self.as_json:
             self.show_text(event)
@@ -110,6 +115,7 @@ class Screen:
 
     def fail(self) -> None:
         """End what a reply left on the screen: the error begins its own line."""
+        self.prompt_bar.erase()
         if self.is_inside_line:
             self.end_line()
         self.begin()

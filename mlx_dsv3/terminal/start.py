@@ -18,8 +18,10 @@ def print_plan(plan: MemoryPlan) -> None:
     print(f"{'allowed':<14}{gigabytes(plan.limit_bytes):>12}   on this machine, now")
 
 
-def tell_start(loaded: Loaded, asked: int | None) -> None:
-    """Say what a person could not expect: less context than by default, or experts on disk."""
+def tell_start(loaded: Loaded, asked: int | None, long: str = "") -> None:
+    """Say what a person could not expect: a long load, less context, or experts on disk."""
+    if long and sys.stderr.isatty():
+        print(long, file=sys.stderr)
     usual = min(DEFAULT_CONTEXT, loaded.args.max_position_embeddings)
     if asked is None and loaded.plan.context < usual:
         print(f"memory allows a context of {loaded.plan.context:,} tokens", file=sys.stderr)
