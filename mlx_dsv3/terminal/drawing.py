@@ -42,10 +42,7 @@ def bar(share: float, width: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return seconds for people: two digits at least, minutes from the second on."""
+    """Return seconds for people: two digits at least, minutes from ten on."""
     if seconds < 9.95:
-        return f"{seconds:.2g} s"
-    if seconds < 119.5:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s"
+        return f"{max(seconds, 0.001):.2g} s"
+    return f"{seconds:.0f} s" if seconds < 599.5 else f"{seconds / 60:.0f} min"

@@ -12,7 +12,7 @@ from mlx_dsv3.generate import Prefill, Stats, context_limit
 from mlx_dsv3.sizes import size
 from mlx_dsv3.terminal.drawing import bar, duration
 
-WIDTH = 32  # columns of a bar
+WIDTH = 24  # columns of a bar
 
 
 def stats_values(end: End) -> dict:
@@ -82,32 +82,30 @@ def stats_words(stats: Stats) -> list[str]:
 def stats_lines(end: End, session: Session) -> list[str]:
     """Return the lines of `/stats`: what a reply took, in full."""
     stats = end.stats
-    new, speed = computed(stats), f", {stats.prompt_tps:.1f}/s"
-    rows = [
-        ("prompt", f"{stats.prompt_tokens:,} tokens, {stats.reused_tokens:,} reused"),
-        ("first token", duration(stats.first_token_s)),
-        ("reply", f"{stats.reply_tokens:,} tokens, {stats.reply_tps:.1f}/s"),
-        ("peak", f"{size(stats.peak_bytes)} since the start"),
-    ]
-    rows[0] = (rows[0][0], rows[0][1] + speed * (new >= LEAST_TOKENS))
-    lines = [f"{name:<12} {words}" for name, words in rows]
+    prompt = f"{stats.prompt_tokens:,} tokens, {stats.reused_tokens:,} reused"
+    if computed(stats) >= LEAST_TOKENS:
+        prompt += f", {stats.prompt_tps:.1f}/s"
+    rows = {"prompt": prompt, "first token": duration(stats.first_token_s)}
+    rows["reply"] = f"{stats.reply_tokens:,} tokens, {stats.reply_tps:.1f}/s"
+    rows["peak"] = f"{size(stats.peak_bytes)} since the start"
+    lines = [f"{name:<12} {words}" for name, words in rows.items()]
     if session.control.fixed != 0:
         lines += drafts_lines(stats.drafts)
     return lines + experts_lines(end, session)
 
 
 def drafts_lines(drafts: DraftStats) -> list[str]:
-    """Return how many drafts were made and accepted, and how often."""
+    """Return what was accepted, by the draft's position, and how many steps made how much."""
     pairs = [(a, d) for a, d in zip(drafts.accepted, drafts.drafted, strict=True) if d]
-    shares = ", ".join(share(a, d, d) for a, d in pairs) or "none made"
-    words = f"{'drafts':<12} {shares}" + " accepted, by position" * bool(pairs)
+    words = ", then ".join(share(a, d, d) for a, d in pairs)
+    lines = [f"{'drafts':<12} {f'{words} accepted' if words else 'none made'}"]
     if drafts.speed_up is not None:
-        words += f"; {drafts.tokens_per_forward:.2f} tokens per step, {drafts.speed_up:.2f} x plain"
-    lines = [words]
+        tokens = f"{drafts.tokens_per_forward:.2f} tokens per step"
+        lines[0] += f"; {tokens}, {drafts.speed_up:.2f} x plain"
     for what, counts in (("made", drafts.steps), ("accepted", drafts.lengths)):
         most = max((i for i, count in enumerate(counts) if count), default=-1)
         for i, count in enumerate(counts[: most + 1]):
-            lines.append(f"{what + f' {i}':<12} {bar(count / max(counts), WIDTH)} {count:,} steps")
+            lines.append(f"{f'{what} {i}':<12} {bar(count / max(counts), WIDTH)} {count:>7,}")
     return lines
 
 
@@ -128,7 +126,7 @@ def context_lines(session: Session) -> list[str]:
     """Return the lines of `/context`: how full it is, and of what."""
     parts, limit = session.context(), context_limit(session.loaded)
     used = sum(count for _, count in parts)
-    lines = [f"{'context':<10} {bar(used / limit, WIDTH)} {used:,} of {limit:,} tokens"]
+    lines = [f"{'context':<12} {bar(used / limit, WIDTH)} {used:>7,} of {limit:,} tokens"]
     for what, count in parts:
-        lines.append(f"{what:<10} {bar(count / max(used, 1), WIDTH)} {count:>9,}")
+        lines.append(f"{what:<12} {bar(count / max(used, 1), WIDTH)} {count:>7,}")
     return lines
