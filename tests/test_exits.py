@@ -3,6 +3,7 @@
 Each program is a process of its own under an ordinary shell's odd conditions.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -67,6 +68,17 @@ def test_a_reader_that_goes_away(demo, tmp_path, line):
     assert done.returncode in (0, 141), done.stderr.decode()  # 0: it was done before
     words = done.stderr.decode().splitlines()
     assert all(word.startswith(("[prompt", "continuing")) for word in words), words
+
+
+def test_a_pipe_gets_the_answer_or_one_object(demo, tmp_path):
+    """Must read the same in every locale: a JSON text with `\\xe9` in it is none."""
+    ask = 'echo "of France?" | LANG=C LC_ALL=C $PY chat.py "$1" -p "What is the capital"'
+    done = shell(f'{ask} > "$2/out.txt" && {ask} --json', demo, tmp_path)
+    assert done.returncode == 0 and done.stderr.startswith(b"[prompt")
+    assert done.stdout.count(b"\n") == 1 == done.stderr.count(b"\n")
+    values = json.loads(done.stdout)
+    assert (tmp_path / "out.txt").read_text() == values["text"] + "\n" and values["text"]
+    assert values["usage"]["completion_tokens"] == values["statistics"]["reply_tokens"] > 0
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")

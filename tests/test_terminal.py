@@ -82,19 +82,8 @@ def full(text):
     raise OSError(28, "full")
 
 
-THINKING = [Prefill(0, 11, 11), Text("Let me", True), Text(" see.\n", True), Text("*Two*.")]
+THINKING = [Prefill(0, 0, 11), Text("Let me", True), Text(" see.\n", True), Text("*Two*.")]
 EVERYTHING = "# A\n**b** *c* `d` [e](f)\n- g\n> h\n```\ni\n```\n"
-
-
-class Clock:
-    """Each look at it is 4 s later."""
-
-    def __init__(self):
-        self.now = 0
-
-    def __call__(self):
-        self.now += 4
-        return self.now
 
 
 def stats(drafted=0, accepted=0, experts=None, **values) -> Stats:
@@ -108,15 +97,16 @@ def stats(drafted=0, accepted=0, experts=None, **values) -> Stats:
 
 
 def shown(monkeypatch, events, out_is_terminal=True, err_is_terminal=True, **options):
-    """Return what stdout and stderr get of the events of a reply."""
-    out, err = Stdout(), Stdout()
+    """Return what stdout and stderr get of the events of a reply, each 4 s after the last."""
+    out, err, clock = Stdout(), Stdout(), 0
     out.is_terminal, err.is_terminal = out_is_terminal, err_is_terminal
     with monkeypatch.context() as patch:
         patch.setattr("sys.stdout", out)
         patch.setattr("sys.stderr", err)
-        patch.setattr("mlx_dsv3.terminal.screen.time.perf_counter", Clock())
+        patch.setattr("time.perf_counter", lambda: clock)
         screen = Screen(**options)
         for event in events:
+            clock += 4
             screen.show(event)
     return out.getvalue(), err.getvalue()
 

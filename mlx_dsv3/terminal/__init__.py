@@ -2,7 +2,7 @@
 
 `repl` reads lines and answers them: `lines` are what is typed, `kept` what stays between runs,
 `commands` those lines with a slash. `screen` shows the events of a reply, `markdown` marks its
-text; `statistics` has the words for what a reply took, `drawing` bars and attributes, `progress` the
-bars of a load and of a prompt, `start` the words for memory and disk at the start, `trace` the file
-of `--trace`. No tensor code here.
+text; `statistics` has the words for what a reply took, `drawing` bars and attributes, `progress`
+the bars of a load and of a prompt, `start` the words for memory and disk at the start, `trace` the
+file of `--trace`. No tensor code here.
 """
