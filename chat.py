@@ -24,7 +24,6 @@ with imports(__name__):
     from mlx_dsv3.conversation.settings import DEFAULTS, chat_settings
     from mlx_dsv3.decoding.draft_control import fixed_drafts
     from mlx_dsv3.options import Parser, first_line, number
-    from mlx_dsv3.terminal.trace import Trace
 
 DEMO = Path("build/demo-q4")
 
@@ -216,11 +215,11 @@ def main(argv: list[str] | None = None) -> int:
         chat = open_chat(options)
         from mlx_dsv3.terminal.repl import repl
 
-    store = chat.session.loaded.store
     with ExitStack() as leaving:
         leaving.callback(chat.session.loaded.close)
         if options.trace is not None:
-            leaving.callback(Trace(store, Path(options.trace)).close)
+            chat.trace_to(Path(options.trace))
+        leaving.callback(chat.trace_to, None)
         if question is None:
             repl(chat)
             return 0

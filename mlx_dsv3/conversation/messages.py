@@ -116,6 +116,11 @@ class Conversation:
         while self.messages and self.messages.pop()["role"] != "user":
             pass
 
+    def drop_unanswered(self) -> None:
+        """Drop a last question whose reply was not begun: Ctrl-C struck between the two."""
+        if self.messages and self.messages[-1]["role"] == "user":
+            self.messages.pop()
+
     def clear(self) -> None:
         self.messages.clear()
 

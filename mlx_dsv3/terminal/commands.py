@@ -1,53 +1,314 @@
-"""What begins with a slash: one dictionary from a word to what it does."""
+"""What begins with a slash: one dictionary from a name to what it does.
 
+Answers go to stderr. Model code is imported inside functions: while the model loads, names are
+already completed and `/help` answers.
+"""
+
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
 
-from mlx_dsv3.errors import visible
-from mlx_dsv3.options import first_line
-from mlx_dsv3.terminal.statistics import stats_lines
+from mlx_dsv3.conversation.thoughts import split
+from mlx_dsv3.conversation.transcript import cache_of, read, save
+from mlx_dsv3.errors import UserError, in_line, read_text, visible
+from mlx_dsv3.terminal.adjust import (
+    ADJUSTABLE,
+    DRAFTS,
+    ON_OFF,
+    change,
+    nearest,
+    settings_lines,
+    shown,
+)
+from mlx_dsv3.terminal.clipboard import code_block, copy
+from mlx_dsv3.terminal.names import LAST, file_of, files, first_word, number_of
+
+PARTS = ("messages", "settings", "model", "prompt")
+LONGEST_SHOWN = 60  # characters of a message that is only named
+KEYS = """\
+  \"""                    begins and ends a message of several lines
+  //TEXT                 sends a message that begins with a slash
+  Enter, Alt-Enter       sends; begins a new line
+  Tab, Ctrl-R, Ctrl-G    completes; searches the lines typed; opens an editor
+  Ctrl-C                 stops the reply and keeps what was said
+  Ctrl-D                 leaves"""
 
 
 class Leave(Exception):
     """Raised by /exit."""
 
 
-def show_help(chat) -> None:
-    """Show these commands."""
-    for name, command in COMMANDS.items():
-        print(f"  {name:<8} {first_line(command.__doc__)}", file=sys.stderr)
-    print("  Ctrl-C   Stop the reply and keep what was said.", file=sys.stderr)
+def say(text: str) -> None:
+    print(visible(text), file=sys.stderr)
 
 
-def clear(chat) -> None:
-    """Forget the conversation; the system prompt stays."""
-    chat.session.clear()
-    print("(cleared)", file=sys.stderr)
+def brief(text: str) -> str:
+    """Return the beginning of a message, on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST_SHOWN else f"{line[:LONGEST_SHOWN]}..."
 
 
-def show_stats(chat) -> None:
-    """Show what the last reply took, in full."""
-    lines = stats_lines(chat.last, chat.session) if chat.last else ["no reply yet"]
-    print("\n".join(lines), file=sys.stderr)
+def show_help(chat, text: str) -> None:
+    """Show all commands, or one."""
+    if text:
+        command = find(text if text.startswith("/") else f"/{text}")
+        say(f"  {command.usage}\n  {command.help}")
+        return
+    for command in COMMANDS.values():
+        say(f"  {command.usage:<23}{command.help}")
+    say(KEYS)
 
 
-def leave(chat) -> None:
-    """Leave the chat (Ctrl-D does too)."""
+def leave(chat, text: str) -> None:
     raise Leave
 
 
-COMMANDS: dict[str, Callable] = {
-    "/help": show_help,
-    "/clear": clear,
-    "/stats": show_stats,
-    "/exit": leave,
-}
+def clear(chat, text: str) -> None:
+    chat.begin_anew()
+    chat.session.clear()
+    say("(cleared)")
+
+
+def system(chat, text: str) -> None:
+    before = chat.session.conversation.system
+    change(chat, "system", text)
+    if text:
+        say("(the system prompt counts from the next reply on)")
+    else:
+        say(f"(removed the system prompt: {before})" if before else "(there is no system prompt)")
+
+
+def set_value(chat, text: str) -> None:
+    name, _, value = text.removeprefix("parameter ").strip().partition(" ")
+    if not name:
+        say("\n".join(settings_lines(chat)))
+        return
+    change(chat, name, value.strip())
+    say(f"({name} is {shown(chat, name)})")
+
+
+def show(chat, text: str) -> None:
+    part, session = text or PARTS[0], chat.session
+    if part not in PARTS:
+        raise UserError(f"there is no `/show {part}`", f"choose {', '.join(PARTS)}")
+    if part == "messages":
+        say("\n".join(message_lines(session.conversation)) or "(no message yet)")
+    elif part == "settings":
+        say("\n".join(settings_lines(chat)))
+    elif part == "prompt":
+        say(session.conversation.prompt())
+    else:
+        say("\n".join(model_lines(chat)))
+
+
+def message_lines(conversation) -> list[str]:
+    """Return the conversation with its questions numbered, for /retry."""
+    lines = [f"system: {conversation.system}"] if conversation.system else []
+    for i, message in enumerate(conversation.messages):
+        number = f"{i // 2 + 1} " if message["role"] == "user" else ""
+        lines.append(f"{number}{message['role']}: {message['content']}")
+    return lines
+
+
+def model_lines(chat) -> list[str]:
+    loaded, args = chat.session.loaded, chat.session.loaded.args
+    return [
+        f"  model     {chat.model}",
+        f"  type      {loaded.config.get('model_type')}, {args.num_hidden_layers} layers",
+        f"  experts   {loaded.plan.experts_words}",
+        f"  MTP       {'none' if loaded.mtp is None else 'there'}",
+        f"  context   {loaded.plan.context:,} tokens; {args.max_position_embeddings:,} at most",
+    ]
+
+
+def think(chat, text: str) -> None:
+    change(chat, "think", text)
+    say(f"(think is {shown(chat, 'think')})")
+
+
+def regenerate(chat, text: str) -> None:
+    if chat.session.settings["temp"] == 0:
+        say("(at temperature 0 the reply will be the same; `/set temp 0.6` varies it)")
+    chat.show(chat.session.regenerate())
+
+
+def retry(chat, text: str) -> None:
+    chat.show(chat.session.retry(number_of(text, "/retry N")))
+
+
+def undo(chat, text: str) -> None:
+    questions = [m for m in chat.session.conversation.messages if m["role"] == "user"]
+    if not questions:
+        raise UserError("there is no question to take back", "type one")
+    chat.session.conversation.undo()
+    say(f"(took back: {brief(questions[-1]['content'])})")
+
+
+def read_file(chat, text: str) -> None:
+    name, question = first_word(text)
+    if not name:
+        raise UserError("`/read FILE` lacks the name of a file", "give one")
+    content = read_text(Path(name).expanduser())
+    tokens = len(chat.session.conversation.encode(content))
+    what = f"{name}: {len(content):,} characters, {tokens:,} tokens"
+    chat.attached.append(content)
+    say(f"({what})" if question else f"({what}; they go with the next message)")
+    if question:
+        chat.turn(question)
+
+
+def save_chat(chat, text: str) -> None:
+    name, with_cache = re.subn(r"\s*(?:^|(?<=\s))--with-cache(?=\s|$)\s*", "", text)
+    path = file_of(name, "/save FILE")
+    save(chat.session, path, with_cache=bool(with_cache), model=chat.model)
+    say(f"(saved to {path})")
+
+
+def load_chat(chat, text: str) -> None:
+    path = file_of(text, "/load FILE")
+    transcript, cache = read(path), cache_of(path)
+    chat.begin_anew()
+    problem = chat.session.restore(transcript, cache if cache.exists() else None)
+    if problem:
+        say(f"(its cache is not used: {problem})")
+    say(f"({chat.session.conversation.num_questions} questions; `/show` shows them)")
+
+
+def copy_answer(chat, text: str) -> None:
+    answers = [m for m in chat.session.conversation.messages if m["role"] == "assistant"]
+    if not answers:
+        raise UserError("there is no answer yet", "type a question")
+    knows = chat.session.conversation.knows_thoughts
+    answer = split(answers[-1]["content"])[1] if knows else answers[-1]["content"]
+    what, _, number = text.partition(" ")
+    if text and what != "code":
+        raise UserError(f"there is no `/copy {text}`", "`/copy` or `/copy code N`")
+    if text:
+        answer = code_block(answer, number_of(number.strip() or "1", "/copy code N"))
+    say(f"(copied {len(answer):,} characters by {copy(answer)})")
+
+
+def show_stats(chat, text: str) -> None:
+    from mlx_dsv3.terminal.statistics import stats_lines
+
+    say("\n".join(stats_lines(chat.last, chat.session)) if chat.last else "no reply yet")
+
+
+def show_context(chat, text: str) -> None:
+    from mlx_dsv3.terminal.statistics import context_lines
+
+    say("\n".join(context_lines(chat.session)))
+
+
+def show_plan(chat, text: str) -> None:
+    from mlx_dsv3.terminal.start import print_plan
+
+    with redirect_stdout(sys.stderr):
+        print_plan(chat.session.loaded.plan)
+
+
+def drafts(chat, text: str) -> None:
+    if text:
+        change(chat, "drafts", text)
+    say(f"(drafts is {shown(chat, 'drafts')})")
+
+
+def trace(chat, text: str) -> None:
+    path = None if text == "off" else file_of(text, "/trace FILE")
+    chat.trace_to(path)
+    say(f"(experts are traced to {path})" if path else "(no trace)")
+
+
+def edit(chat, text: str) -> None:
+    if chat.lines is None:
+        raise UserError("there is no line to edit here", "a terminal has one")
+    from mlx_dsv3.terminal.lines import edited
+
+    chat.lines.default = edited(text)
+
+
+def names(text: str) -> Iterable[str]:
+    """Return the commands that begin so."""
+    return [name for name in COMMANDS if name.startswith(text)]
+
+
+def settings(text: str) -> Iterable[str]:
+    """Return the names of settings, then the words of one."""
+    words = text.split()
+    if len(words) > 2 or text.endswith(" ") and len(words) == 2:
+        return ADJUSTABLE[words[1]].words if words[1] in ADJUSTABLE else ()
+    return ADJUSTABLE
+
+
+@dataclass(frozen=True)
+class Command:
+    """A function of the chat and the text after the name; `words` are what Tab offers then."""
+
+    run: Callable
+    usage: str
+    help: str
+    words: tuple[str, ...] | Callable[[str], Iterable[str]] = ()
+
+
+def of(run: Callable, usage: str, help: str, words=()) -> tuple[str, Command]:
+    return usage.split()[0], Command(run, usage, help, words)
+
+
+COMMANDS: dict[str, Command] = dict(
+    (
+        of(show_help, "/help [COMMAND]", "show these", lambda text: names("/")),
+        of(leave, "/exit", "leave (Ctrl-D does too); the chat is kept"),
+        of(leave, "/bye", "leave"),
+        of(clear, "/clear", "begin a new conversation; the system prompt stays"),
+        of(system, "/system [TEXT]", "change the system prompt; without TEXT remove it"),
+        of(set_value, "/set [NAME VALUE]", "list the settings, or change one", settings),
+        of(show, f"/show [{'|'.join(PARTS)}]", "show the conversation and more", PARTS),
+        of(think, "/think on|off", "let the model think first, where it can", ON_OFF),
+        of(regenerate, "/regen", "answer the last question again"),
+        of(undo, "/undo", "take back the last question"),
+        of(retry, "/retry N", "answer question N again and forget what followed"),
+        of(read_file, "/read FILE [QUESTION]", "send a text file with a message", files),
+        of(save_chat, "/save FILE [--with-cache]", "save the chat, and what was computed", files),
+        of(load_chat, "/load FILE", "go on with a saved chat", files),
+        of(copy_answer, "/copy [code N]", "copy the last answer, or a block of code", ("code",)),
+        of(show_stats, "/stats", "show what the last reply took, in full"),
+        of(show_context, "/context", "show what fills the context"),
+        of(show_plan, "/plan", "show the memory plan"),
+        of(drafts, "/drafts auto|N", "draft N tokens at each step", DRAFTS),
+        of(trace, "/trace FILE|off", "write the experts chosen by each token", files),
+        of(edit, "/editor", "write the next message in an editor"),
+    )
+)
+ALIASES = {"/?": "/help", "/quit": "/exit"}
+
+
+def find(name: str) -> Command:
+    """Return a command, or refuse with the one that was probably meant."""
+    command = COMMANDS.get(ALIASES.get(name, name))
+    if command is None:
+        meant = nearest(name, [*COMMANDS, *ALIASES])
+        hint = f"did you mean {meant}?" if meant else "/help lists the commands"
+        raise UserError(
+            f"unknown command `{in_line(name)}`", f"{hint} `//` sends a message with a slash"
+        )
+    return command
 
 
 def run_command(chat, line: str) -> None:
     """Run a line that begins with a slash; what is no command is told, and never sent."""
-    word = line.split()[0]
-    if word in COMMANDS:
-        COMMANDS[word](chat)
-    else:
-        print(f"unknown command `{visible(word)}`; /help lists them", file=sys.stderr)
+    name, *rest = line.split(None, 1)
+    find(name).run(chat, rest[0].strip() if rest else "")
+
+
+def choices(text: str) -> list[str]:
+    """Return by what the last word of a line may be replaced, for Tab."""
+    name, *rest = text.lstrip().split(None, 1)[:2] or [""]
+    last = LAST.search(text)[0]
+    if name == last and not rest:
+        return sorted(names(name)) if name.startswith("/") else []
+    words = COMMANDS[name].words if name in COMMANDS else ()
+    found = words(text) if callable(words) else words
+    return [word for word in found if word.startswith(last) or words is files]

@@ -9,10 +9,12 @@ import os
 import stat
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
-from mlx_dsv3.errors import UserError, unusable
+from mlx_dsv3.conversation.transcript import read, save
+from mlx_dsv3.errors import UserError, in_line, unusable
 
 FOLDER = "~/.mlx_dsv3"
 MOST_CHATS = 50
@@ -69,26 +71,68 @@ def append_history(text: str) -> None:
         file.write(block.encode("utf-8", "replace"))
 
 
+def chats() -> list[Path]:
+    """Return the chats that are kept, the newest first."""
+    folder = private_folder("sessions")
+    return sorted(folder.glob("*.json"), key=lambda path: -path.lstat().st_mtime_ns)
+
+
+def newest(model: str | None = None) -> Path:
+    """Return the chat that was kept last, of one model if it is given."""
+    for path in chats():
+        with suppress(UserError):  # a damaged one is none
+            if model in (None, read(path).model):
+                return path
+    of_model = f" of `{model}`" if model else ""
+    raise UserError(f"no chat{of_model} is kept in `{FOLDER}/sessions`", "leave out `--continue`")
+
+
+def drop_old() -> None:
+    """Keep the newest chats alone."""
+    for path in chats()[MOST_CHATS:]:
+        path.unlink(missing_ok=True)
+
+
 class Kept:
     """Keeps lines and a chat as long as that works."""
 
     def __init__(self):
-        self.has_told = False
+        self.told: set[str] = set()
+        self.path: Path | None = None  # of this chat, once there is something to keep
 
-    def attempt(self, step: Callable, *arguments):
+    def attempt(self, what: str, step: Callable, *arguments):
         """Return what a step does, None where it cannot; say so the first time."""
         try:
             return step(*arguments)
         except (OSError, UserError) as error:
-            if not self.has_told:
-                error = unusable(error) if isinstance(error, OSError) else error
-                print(f"warning: what is typed is not kept: {error.message}", file=sys.stderr)
-            self.has_told = True
+            reason = (unusable(error) if isinstance(error, OSError) else error).message
+            if not self.told & {what, reason}:
+                print(f"warning: {what} is not kept: {in_line(reason)}", file=sys.stderr)
+            self.told |= {what, reason}
 
     def history(self) -> list[str]:
-        return self.attempt(read_history) or []
+        return self.attempt("what is typed", read_history) or []
 
     def remember(self, text: str) -> None:
         """Keep a line; one that begins with a space may hold a secret."""
         if text.strip() and text[0] != " " and len(text) <= LONGEST_LINE:
-            self.attempt(append_history, text)
+            self.attempt("what is typed", append_history, text)
+
+    def save(self, session, model: str) -> None:
+        """Keep a chat as it stands, from its first message on."""
+        if session.conversation.messages or self.path:
+            self.attempt("this chat", self._save, session, model)
+
+    def _save(self, session, model: str) -> None:
+        if self.path is not None:
+            save(session, self.path, model=model)
+            return
+        name = f"{datetime.now():%Y-%m-%d-%H%M%S-%f}-{os.getpid()}.json"
+        path = private_folder("sessions") / name
+        save(session, path, model=model)
+        self.path = path
+        drop_old()
+
+    def begin_anew(self) -> None:
+        """Leave this chat as it was last kept; the next one has a file of its own."""
+        self.path = None

@@ -6,7 +6,6 @@ model code: the first prompt is shown while the model loads.
 """
 
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -25,11 +24,11 @@ from prompt_toolkit.shortcuts import CompleteStyle
 
 from mlx_dsv3.errors import UserError, in_line
 from mlx_dsv3.terminal.kept import Kept
+from mlx_dsv3.terminal.names import LAST
 
 PROMPT, CONTINUATION = ">>> ", "... "
 QUOTES = '"""'
 EDITORS = ("/usr/bin/editor", "nano", "vi")
-LAST_WORD = re.compile(r"(?:\\.|\S)*\Z")  # a space after a backslash is part of a file's name
 
 
 def is_open(text: str) -> bool:
@@ -82,7 +81,7 @@ class Words(Completer):
     def get_completions(self, document, complete_event):
         text = document.text_before_cursor
         for word in self.choices(text):
-            start = -len(LAST_WORD.search(text)[0])
+            start = -len(LAST.search(text)[0])
             yield Completion(word, start, display=in_line(word))
 
 

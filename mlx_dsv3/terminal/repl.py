@@ -1,35 +1,52 @@
-"""A session that a person sees: lines of input, each answered by a turn or a command."""
+"""A session that a person sees: lines of input, each answered by a turn or a command.
 
+Nothing typed ends it but what leaves, and nothing typed is lost: loading the model took minutes.
+"""
+
+import os
+import signal
 import sys
 import traceback
 from pathlib import Path
 
 from mlx_dsv3.conversation.messages import clean
 from mlx_dsv3.conversation.session import End, Event, Session
-from mlx_dsv3.errors import UserError
-from mlx_dsv3.terminal.commands import Leave, run_command
+from mlx_dsv3.errors import UserError, discard, unusable
+from mlx_dsv3.terminal.commands import Leave, choices, run_command
 from mlx_dsv3.terminal.kept import Kept
 from mlx_dsv3.terminal.screen import Screen
+from mlx_dsv3.terminal.trace import Trace
 
 HINT_AT_CTRL_C = "(/exit or Ctrl-D leaves)"
 
 
 class Chat:
-    """A session and the screen that shows it; `model` is the name it is kept by."""
+    """A session and the screen that shows it; `model` is the name it is kept by.
+
+    On a terminal it has `lines` that are typed, and is `kept`. `attached` are texts that go with
+    the next message.
+    """
 
     def __init__(self, session: Session, screen: Screen, model: str = ""):
         self.session, self.screen, self.model = session, screen, model
         self.last: End | None = None  # that has statistics
+        self.attached: list[str] = []
+        self.trace: Trace | None = None
+        self.lines, self.kept = None, None
 
     def turn(self, text: str) -> End:
         """Answer one message; Ctrl-C ends the reply and keeps what was said."""
-        return self.show(self.session.turn(text))
+        texts, self.attached = [text, *self.attached], []
+        return self.show(self.session.turn("\n\n".join(texts)), is_new=True)
 
-    def show(self, events) -> End:
-        """Show a reply as it comes, and return its end."""
+    def show(self, events, is_new: bool = False) -> End:
+        """Show a reply as it comes, and return its end; a question that is new is kept at once."""
         try:
             for event in events:
                 try:
+                    if is_new:
+                        self.keep()
+                    is_new = False
                     self.screen.show(event)
                 except BaseException as error:  # Ctrl-C gives the end, anything else comes back
                     event = events.throw(error)
@@ -44,20 +61,42 @@ class Chat:
             self.last = event
         return event
 
+    def keep(self) -> None:
+        """Keep the chat as it stands for `--continue`."""
+        if self.kept is not None:
+            self.kept.save(self.session, self.model)
+
+    def begin_anew(self) -> None:
+        """Before another conversation takes its place: what was kept of this one stays."""
+        self.keep()
+        self.attached, self.last = [], None
+        if self.kept is not None:
+            self.kept.begin_anew()
+
+    def trace_to(self, path: Path | None) -> None:
+        """Write the experts chosen to a file, or to none."""
+        if self.trace is not None:
+            self.trace.close()
+        self.trace = None
+        if path is not None:
+            self.trace = Trace(self.session.loaded.store, path)
+
 
 def answer_line(chat: Chat, line: str) -> None:
     """Run a slash command or take a turn; an error is told and the chat continues."""
     try:
-        if line.startswith("/"):
+        if line.startswith("/") and not line.startswith("//"):
             run_command(chat, line)
         else:
-            chat.turn(line)
-    except Leave:
+            chat.turn(line[1:] if line.startswith("//") else line)
+    except (Leave, BrokenPipeError):  # of stdout: nobody reads the answers
         raise
     except UserError as error:
         print(error, file=sys.stderr)
     except Exception as error:  # of any kind: loading the model took minutes
-        print(told(error), file=sys.stderr)
+        is_refused = isinstance(error, OSError) and error.strerror
+        print(unusable(error) if is_refused else told(error), file=sys.stderr)
+    chat.keep()
 
 
 def told(error: Exception) -> UserError:
@@ -71,18 +110,66 @@ def told(error: Exception) -> UserError:
     )
 
 
-def repl(chat: Chat) -> None:
-    """Read lines until /exit or Ctrl-D; Ctrl-C at the prompt says how to leave."""
+class EndedBySignal:
+    """Around the chat: SIGTERM and SIGHUP stop a reply as Ctrl-C does, and then all of it.
+
+    When the chat is kept, the process ends as the system would have ended it. A second signal does
+    that at once.
+    """
+
+    def __init__(self, lines):
+        self.lines, self.number, self.numbers = lines, None, ()
+
+    def __enter__(self) -> None:
+        both = (signal.SIGTERM, signal.SIGHUP)
+        self.numbers = [n for n in both if signal.getsignal(n) is signal.SIG_DFL]  # nohup's is not
+        for number in self.numbers:
+            signal.signal(number, self.stop)
+
+    def stop(self, number: int, frame) -> None:
+        self.number = number
+        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGHUP:  # the terminal has gone, and would refuse every word
+            discard(sys.stdout)
+            discard(sys.stderr)
+        if not self.lines.end():
+            raise KeyboardInterrupt
+
+    def __exit__(self, *_) -> None:
+        for number in self.numbers:
+            signal.signal(number, signal.SIG_DFL)
+        if self.number is not None:
+            os.kill(os.getpid(), self.number)
+
+
+def repl(chat: Chat, lines=None, first: str = "") -> None:
+    """Read lines until /exit or Ctrl-D; Ctrl-C at the prompt says how to leave.
+
+    `lines` may be there already, with a `first` line that was typed while the model was loading.
+    """
     from mlx_dsv3.terminal.lines import Lines  # a pipe needs none
 
-    lines = Lines(Kept())
-    if chat.screen.stats != "json":
-        print("/help lists commands", file=sys.stderr)
-    while True:
+    if lines is None:
+        lines = Lines(Kept(), choices)
+        if chat.screen.stats != "json":
+            print("/help lists commands", file=sys.stderr)
+    chat.lines, chat.kept = lines, lines.kept
+    with EndedBySignal(lines):
         try:
-            if line := lines.read():
-                answer_line(chat, line)
-        except KeyboardInterrupt:
-            print(HINT_AT_CTRL_C, file=sys.stderr)
-        except (EOFError, Leave):
-            return
+            while read_and_answer(chat, first):
+                first = ""
+        finally:
+            chat.keep()
+
+
+def read_and_answer(chat: Chat, line: str) -> bool:
+    """Answer a line, of those typed where it is empty; say whether the chat goes on."""
+    try:
+        if line := line or chat.lines.read():
+            answer_line(chat, line)
+    except KeyboardInterrupt:
+        chat.session.conversation.drop_unanswered()
+        print(HINT_AT_CTRL_C, file=sys.stderr)
+    except (EOFError, Leave):
+        return False
+    return True
