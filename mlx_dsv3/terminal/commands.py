@@ -9,11 +9,10 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from pathlib import Path
 
 from mlx_dsv3.conversation.thoughts import split
 from mlx_dsv3.conversation.transcript import cache_of, read, save
-from mlx_dsv3.errors import UserError, in_line, read_text, visible
+from mlx_dsv3.errors import UserError, read_text, visible
 from mlx_dsv3.terminal.adjust import (
     ADJUSTABLE,
     DRAFTS,
@@ -24,7 +23,7 @@ from mlx_dsv3.terminal.adjust import (
     shown,
 )
 from mlx_dsv3.terminal.clipboard import code_block, copy
-from mlx_dsv3.terminal.names import LAST, file_of, files, first_word, number_of
+from mlx_dsv3.terminal.names import LAST, file_of, files, first_word, number_of, path_of
 
 PARTS = ("messages", "settings", "model", "prompt")
 LONGEST_SHOWN = 60  # characters of a message that is only named
@@ -151,7 +150,7 @@ def read_file(chat, text: str) -> None:
     name, question = first_word(text)
     if not name:
         raise UserError("`/read FILE` lacks the name of a file", "give one")
-    content = read_text(Path(name).expanduser())
+    content = read_text(path_of(name))
     tokens = len(chat.session.conversation.encode(content))
     what = f"{name}: {len(content):,} characters, {tokens:,} tokens"
     chat.attached.append(content)
@@ -174,7 +173,8 @@ def load_chat(chat, text: str) -> None:
     problem = chat.session.restore(transcript, cache if cache.exists() else None)
     if problem:
         say(f"(its cache is not used: {problem})")
-    say(f"({chat.session.conversation.num_questions} questions; `/show` shows them)")
+    count = chat.session.conversation.num_questions
+    say(f"({count} question{'s' * (count != 1)}; `/show` shows the conversation)")
 
 
 def copy_answer(chat, text: str) -> None:
@@ -290,10 +290,9 @@ def find(name: str) -> Command:
     command = COMMANDS.get(ALIASES.get(name, name))
     if command is None:
         meant = nearest(name, [*COMMANDS, *ALIASES])
-        hint = f"did you mean {meant}?" if meant else "/help lists the commands"
-        raise UserError(
-            f"unknown command `{in_line(name)}`", f"{hint} `//` sends a message with a slash"
-        )
+        hint = f"did you mean `{meant}`?" if meant else "`/help` lists the commands;"
+        name = brief(name)
+        raise UserError(f"unknown command `{name}`", f"{hint} `/{name}` sends it as a message")
     return command
 
 

@@ -1,5 +1,6 @@
 """Names of files and numbers as they are typed after a command, and as Tab completes them."""
 
+import os
 import re
 from pathlib import Path
 
@@ -20,17 +21,24 @@ def first_word(text: str) -> tuple[str, str]:
     return name, text[found.end() :].strip()
 
 
+def path_of(name: str) -> Path:
+    """Return the file of a name, which may begin with `~`."""
+    if "\0" in name:
+        raise UserError("a file's name holds no zero byte", "check the spelling")
+    return Path(os.path.expanduser(name))
+
+
 def file_of(text: str, usage: str) -> Path:
     """Return the file that a whole text names; one that is there needs no quotes."""
-    whole = Path(text).expanduser()
     name, rest = first_word(text)
+    if not name:
+        raise UserError(f"`{usage}` lacks the name of a file", "give one")
+    whole = path_of(text)
     if rest and not whole.exists():
         raise UserError(
             f"`{usage}` takes one name, and `{rest}` follows", "quote a name that holds spaces"
         )
-    if not name:
-        raise UserError(f"`{usage}` lacks the name of a file", "give one")
-    return whole if rest else Path(name).expanduser()
+    return whole if rest else path_of(name)
 
 
 def number_of(text: str, usage: str) -> int:
@@ -43,10 +51,10 @@ def files(text: str) -> list[str]:
     """Return the files whose name begins with the last word, written so that `WORD` takes them."""
     name = re.sub(r"\\(.)", r"\1", LAST.search(text)[0])
     folder, _, start = name.rpartition("/")
-    place = Path(f"{folder}/" if "/" in name else ".").expanduser()
     try:
+        place = path_of(f"{folder}/" if "/" in name else ".")
         found = sorted(path for path in place.iterdir() if path.name.startswith(start))
-    except OSError:
+    except (OSError, UserError):
         return []
     shown = [p for p in found if start or not p.name.startswith(".")]
     prefix = f"{folder}/" if "/" in name else ""
