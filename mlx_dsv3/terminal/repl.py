@@ -69,7 +69,7 @@ class Chat:
     def begin_anew(self) -> None:
         """Before another conversation takes its place: what was kept of this one stays."""
         self.keep()
-        self.attached, self.last = [], None
+        self.attached = []
         if self.kept is not None:
             self.kept.begin_anew()
 
