@@ -9,46 +9,20 @@ enough closes the iterator. One that fails leaves the conversation as it was. So
 a reader's own troubles too, it throws them into the iterator: `events.throw(error)`.
 """
 
-import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from mlx_dsv3.conversation.messages import Conversation
+from mlx_dsv3.conversation.reply import End, Reply, Text
 from mlx_dsv3.conversation.settings import DEFAULTS, make_sampler
-from mlx_dsv3.conversation.thoughts import CLOSE
 from mlx_dsv3.conversation.transcript import Transcript
 from mlx_dsv3.decoding.state import State, load_state
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.experts.bank import Counters
-from mlx_dsv3.generate import Prefill, Stats, make_control, make_state, run
+from mlx_dsv3.generate import Prefill, make_control, make_state, run
 from mlx_dsv3.load import Loaded
-
-
-@dataclass(frozen=True)
-class Text:
-    """What a token completes, of the answer or of a thought; it may be nothing."""
-
-    text: str
-    is_thought: bool = False
-
-
-@dataclass(frozen=True)
-class End:
-    """The end of a reply: `stop`, `length` (a limit was reached) or `interrupted` (Ctrl-C).
-
-    `stats` are None where no token came. `layers` holds the counters of each streamed layer.
-    `text` is the whole answer and `reasoning` the thought before it, which took `thought_s`.
-    """
-
-    finish_reason: str
-    stats: Stats | None
-    layers: dict[int, Counters]
-    text: str = ""
-    reasoning: str = ""
-    thought_s: float = 0.0
-
 
 Event = Prefill | Text | End
 
@@ -72,6 +46,7 @@ class Session:
         self.drafts, self.control = drafts, make_control(loaded, drafts)
         self.conversation = Conversation(loaded.tokenizer, system)
         self.takes = 0  # other replies to the last question
+        self._reply_now: Reply | None = None  # while it comes
         self.renew_state()
 
     def renew_state(self) -> None:
@@ -83,6 +58,11 @@ class Session:
         self.drafts, self.control = drafts, make_control(self.loaded, drafts)
         if (self.state.mtp_cache is None) != (self.control.fixed == 0 or self.loaded.mtp is None):
             self.renew_state()
+
+    @property
+    def messages(self) -> list[dict]:
+        """Return what has been said; of a reply that comes, as if it were stopped now."""
+        return self._reply_now.messages() if self._reply_now else self.conversation.messages
 
     @property
     def thinking(self) -> bool | None:
@@ -121,78 +101,57 @@ class Session:
     def _again(self, number: int, takes: int) -> Iterator[Event]:
         before = list(self.conversation.messages)
         self.conversation.keep_questions(number)
-        return self._answer(before, takes, is_again=True)
+        return self._answer(before, takes, before)
 
-    def _answer(self, before: list[dict], takes: int, is_again: bool = False) -> Iterator[Event]:
+    def _answer(
+        self, before: list[dict], takes: int, instead: list[dict] | None = None
+    ) -> Iterator[Event]:
         """Answer the last message; after a failure the messages are those before again.
 
-        So they are where an answer is asked for again and nothing of it came.
+        `instead` are those that stay where an answer is to replace another and nothing comes.
         """
-        replaced = before, self.takes
+        kept = before, self.takes
         try:
-            end = yield from self._reply(takes, replaced if is_again else None)
+            end = yield from self._reply(takes, instead)
         except GeneratorExit:
             raise
         except BaseException as error:  # a second Ctrl-C too
-            self.conversation.messages, self.takes = replaced
+            self.conversation.messages, self.takes = kept
             if isinstance(error, Exception) and not isinstance(error, UserError):
                 self.renew_state()  # what such an error leaves in the caches is not known
             raise
         try:
             yield end
         except Exception:  # a Ctrl-C that strikes now finds the reply said
-            self.conversation.messages, self.takes = replaced
+            self.conversation.messages, self.takes = kept
             raise
 
-    def _reply(
-        self, takes: int, replaced: tuple[list[dict], int] | None
-    ) -> Generator[Event, None, End]:
-        """Answer the conversation as it stands; its last message grows with what is said.
-
-        Before the first token, what is `replaced` comes back.
-        """
-        stats, reason, before = None, "interrupted", self._counters()
-        conversation, self.takes = self.conversation, takes
-        prompt = conversation.prompt()
-        thoughts = conversation.thoughts(prompt)
-        message = conversation.add_assistant("")
-        parts, seconds = {True: "", False: ""}, 0.0
+    def _reply(self, takes: int, instead: list[dict] | None) -> Generator[Event, None, End]:
+        """Answer the conversation as it stands; its last message grows with what is said."""
+        before, takes_before = self._counters(), self.takes
+        reply, self.takes = Reply(self.conversation, instead), takes
         events = run(
             self.loaded,
-            conversation.encode(prompt),
+            self.conversation.encode(reply.prompt),
             max_tokens=self.settings["max_tokens"],
             sampler=make_sampler(self.settings | {"seed": self.settings["seed"] + takes}),
             control=self.control,
             state=self.state,
         )
-
-        def told(texts: list[tuple[bool, str]]) -> Iterator[Text]:
-            for is_thought, text in texts or [(thoughts.is_inside, "")]:
-                parts[is_thought] += text
-                yield Text(text, is_thought)
-
+        self._reply_now = reply
         try:
             with suppress(KeyboardInterrupt), closing(events):
                 for event in events:
                     if isinstance(event, Prefill):
-                        began = time.perf_counter()
+                        reply.begin()
                         yield event
-                        continue
-                    message["content"] += event.text
-                    stats, reason = event.stats, event.finish_reason or reason
-                    texts = thoughts.feed(event.text)
-                    if thoughts.is_inside:
-                        seconds = time.perf_counter() - began
-                    yield from told(texts + thoughts.end() if event.finish_reason else texts)
+                    else:
+                        yield from reply.add(event)
         finally:
-            if stats is None and replaced:
-                conversation.messages, self.takes = replaced
-            elif thoughts.is_inside and message["content"]:
-                message["content"] += CLOSE  # or the template would take it for the answer
-        for is_thought, text in thoughts.end():  # after Ctrl-C: what may have begun a tag
-            parts[is_thought] += text
-        layers = {i: count - before[i] for i, count in self._counters().items()}
-        return End(reason, stats, layers, parts[False], parts[True], seconds)
+            self.conversation.messages, self._reply_now = reply.messages(), None
+            if reply.is_lost:
+                self.takes = takes_before
+        return reply.end({i: count - before[i] for i, count in self._counters().items()})
 
     def _counters(self) -> dict[int, Counters]:
         """Return a copy of the counters of each streamed layer."""

@@ -50,10 +50,9 @@ def save(session, path: str | Path, with_cache: bool = False, model: str = "") -
     a saved chat is never written over.
     """
     path = Path(os.path.realpath(path))  # a link stays one
-    conversation = session.conversation
-    values = {"format": FORMAT, "model": model, "system": conversation.system}
+    values = {"format": FORMAT, "model": model, "system": session.conversation.system}
     values |= {"thinking": session.thinking, "settings": session.settings}
-    values |= {"drafts": session.drafts, "messages": conversation.messages}
+    values |= {"drafts": session.drafts, "messages": session.messages}
     text = json.dumps(values, ensure_ascii=False, indent=1, allow_nan=False)
     try:
         check_target(path)
