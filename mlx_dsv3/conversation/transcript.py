@@ -40,14 +40,15 @@ class Transcript:
 
 def cache_of(path: str | Path) -> Path:
     """Return the file beside a saved chat that holds what was computed for it."""
-    return Path(f"{path}.cache.safetensors")
+    return Path(f"{os.path.realpath(path)}.cache.safetensors")
 
 
 def save(session, path: str | Path, with_cache: bool = False, model: str = "") -> None:
     """Write a session to a file that its owner alone may read, whole or not at all.
 
-    `with_cache` writes beside it what `Session.restore` need not compute again. Another file than
-    a saved chat is never written over.
+    A reply that comes is saved as if it were stopped now. `with_cache` writes, beside the file,
+    what `Session.restore` need not compute again. Another file than a saved chat is never written
+    over.
     """
     path = Path(os.path.realpath(path))  # a link stays one
     values = {"format": FORMAT, "model": model, "system": session.conversation.system}
@@ -57,13 +58,16 @@ def save(session, path: str | Path, with_cache: bool = False, model: str = "") -
     try:
         check_target(path)
         with private():
+            write(path, clean(text))
             if with_cache:
                 session.state.save(cache_of(path), session.loaded.model)
-            write(path, clean(text))
     except OSError as error:
         raise unusable(error) from None
-    except RuntimeError as error:  # MLX's
-        raise UserError(f"`{cache_of(path)}` cannot be written: {error}") from None
+    except RuntimeError:  # MLX's; it names no reason
+        raise UserError(
+            f"`{path}` is saved, but `{cache_of(path)}` cannot be written",
+            "make room on that disk, or save without the cache",
+        ) from None
 
 
 def check_target(path: Path) -> None:
@@ -117,7 +121,7 @@ def fault_of(values: dict) -> str | None:
         if name not in FIELDS:
             return f"holds `{brief(name)}`, which no saved chat has"
         if not isinstance(value, FIELDS[name]):
-            return f"holds `{name}` as a {type(value).__name__}"
+            return f"holds `{name}` of the kind {type(value).__name__}"
     for name in values.get("settings", ()):
         if name not in DEFAULTS:
             return f"holds the setting `{brief(name)}`, which no chat has"
