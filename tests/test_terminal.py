@@ -124,6 +124,20 @@ def test_a_thought_is_dim_and_has_a_duration(monkeypatch):
     assert out.startswith("\x1b[2mLet me\x1b[0m") and err == ""
 
 
+def test_no_thought_is_no_thought(monkeypatch):
+    """R1 may close at once the thought that its template has opened."""
+    for hide in (True, False):
+        events = [Prefill(0, 0, 3), Text("", True), Text("Hi"), End("stop", None, {})]
+        out, _ = shown(monkeypatch, events, hide_thinking=hide)
+        assert out.replace(RESET, "") == "Hi\n"
+
+
+@pytest.mark.parametrize("is_pipe", [True, False])
+def test_a_thought_cannot_drive_the_terminal(monkeypatch, is_pipe):
+    out, err = shown(monkeypatch, [Text(HOSTILE, True)], out_is_terminal=not is_pipe)
+    assert SHOWN in (err if is_pipe else out) and HOSTILE not in out + err
+
+
 def test_a_hidden_thought_shows_its_seconds(monkeypatch):
     """They stand in one place, and the duration takes it."""
     out, _ = shown(monkeypatch, THINKING[:3], hide_thinking=True)
@@ -205,7 +219,7 @@ def test_the_line_fits_100_columns():
 
 def test_few_tokens_make_no_ratio():
     """The demo greeted with `0.03 x plain`, of 13 tokens."""
-    few = {"prompt_tokens": 20, "reused_tokens": 0, "reply_tokens": LEAST_TOKENS - 21}
+    few = {"prompt_tokens": 1020, "reused_tokens": 1000}
     for tokens, is_ratio in ((LEAST_TOKENS - 1, False), (LEAST_TOKENS, True)):
         experts = Counters(hits=900, misses=100, nbytes=10**9)
         some = stats(tokens, 10, experts, **few | {"reply_tokens": tokens - 20})
@@ -213,6 +227,8 @@ def test_few_tokens_make_no_ratio():
         assert (line.count("%"), line.count(" of ")) == ((2, 0) if is_ratio else (0, 2)), line
         lines = "\n".join(lines_of(some, {3: experts}))
         assert ("%" in lines) == is_ratio and " x plain" not in lines
+        assert lines.startswith("prompt       1,020 tokens, 1,000 reused\n")  # 20 say no speed
+    assert lines_of(stats())[0] == "prompt       131,234 tokens, 65,200 reused, 153.2/s"
 
 
 def lines_of(some: Stats, layers=None) -> list[str]:
@@ -226,7 +242,7 @@ def lines_of(some: Stats, layers=None) -> list[str]:
 
 def test_stats_are_drawn(monkeypatch):
     """Hit rates of layers and what became of drafts, in blocks or, where there are none, ASCII."""
-    layers = {3: Counters(hits=900, misses=300), 4: Counters(hits=0, misses=8)}
+    layers = {3: Counters(hits=900, misses=300), 4: Counters()}
     for encoding, half in (("utf-8", "█" * 12), ("ascii", "#" * 12)):
         stream = io.TextIOWrapper(io.BytesIO(), encoding)
         monkeypatch.setattr("sys.stderr", stream)
@@ -252,8 +268,10 @@ def test_context_is_drawn(monkeypatch):
         "questions0",
         f"answers{'█' * 6}25",
     ]
-    session.context = lambda: [("system", 0)]
-    assert context_lines(session)[0].split() == ["context", "0", "of", "400", "tokens"]
+    for count, drawn in ((0, ""), (1, "▏")):
+        session.context = lambda count=count: [("system", count)]
+        line = context_lines(session)[0]
+        assert line.replace(" ", "") == f"context{drawn}{count}of400tokens"
 
 
 def test_json_is_one_line_of_any_reply(monkeypatch):
@@ -273,6 +291,20 @@ def test_json_is_one_line_of_any_reply(monkeypatch):
     out, _ = shown(monkeypatch, [Prefill(7, 7, 11), nothing, nothing], as_json=True)
     prompts = [json.loads(line)["usage"]["prompt_tokens"] for line in out.splitlines()]
     assert prompts == [12, 0]  # the second was stopped before its prompt
+
+
+def test_an_error_takes_the_place_of_a_bar(monkeypatch):
+    """A prompt that fails while it is computed, with its bar drawn."""
+    err, clock = Stdout(), 0
+    monkeypatch.setattr("sys.stderr", err)
+    monkeypatch.setattr("time.perf_counter", lambda: clock)
+    screen = Screen()
+    for done in (0, 5, 10):
+        screen.show(Prefill(0, done, 20))
+        clock += 4
+    assert "10 of 20 tokens" in drawn(err.getvalue())[0]
+    screen.fail()
+    assert drawn(err.getvalue())[0] == ""
 
 
 def test_an_error_begins_a_line_of_its_own(capsys, monkeypatch):

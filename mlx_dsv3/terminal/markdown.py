@@ -82,8 +82,6 @@ class Markdown:
     def _release(self) -> None:
         """Decide about what is held, where no other character follows."""
         if self.take == self.at_start:
-            if TITLE.fullmatch(self.held + " "):
-                self.base = HEADING
             self._as_text()
         if self.held:
             self._resolve(" ")

@@ -145,5 +145,4 @@ class Screen:
 
 def print_json(values: dict, stream) -> None:
     """Print an object on one line, in ASCII: every encoding has it, and no terminal obeys it."""
-    text = json.dumps(values, allow_nan=False).replace("\x7f", r"\u007f")
-    print(text, file=stream, flush=True)
+    print(json.dumps(values, allow_nan=False), file=stream, flush=True)

@@ -124,5 +124,8 @@ def test_a_kept_piece_keeps_its_numbers(loaded, ask, drafts):
     pieces = list(stream(loaded, ask(QUESTION), drafts=drafts))
     for count, piece in enumerate(pieces, 1):
         assert piece.stats.reply_tokens == piece.stats.drafts.tokens == count
+    first = pieces[0].stats  # of which every later one tells the time that it came
+    assert {piece.stats.first_token_s for piece in pieces} == {first.first_token_s}
+    assert first.first_token_s == pytest.approx(first.prompt_s + first.reply_s)
     seconds = [piece.stats.reply_s for piece in pieces]
     assert seconds == sorted(seconds) and seconds[0] < seconds[-1]
