@@ -116,7 +116,6 @@ class Screen:
     def fail(self) -> None:
         """End what a reply left on the screen: the error begins its own line."""
         self.prompt_bar.erase()
-        self.prompt_bar.erase()
         if self.is_inside_line:
             self.end_line()
         self.begin()
