@@ -27,6 +27,8 @@ from mlx_dsv3.model.decoder import Model
 from mlx_dsv3.model.mtp import MTP
 from mlx_dsv3.options import SETTINGS
 
+SHORTER = "shorten it; in a chat `/undo` drops the last turn, and `/clear` all of them"
+
 
 @dataclass(frozen=True)
 class Stats:
@@ -129,12 +131,12 @@ def check_ids(loaded: Loaded, ids: list[int]) -> None:
     if len(ids) >= limit < loaded.args.max_position_embeddings:
         raise UserError(
             f"the prompt has {len(ids):,} tokens and memory is planned for {limit:,}",
-            "`/clear` the conversation first, or give a larger `--context` where memory allows it",
+            f"{SHORTER}; or give a larger `--context` where memory allows it",
         )
     if len(ids) >= limit:
         raise UserError(
             f"the prompt has {len(ids):,} tokens and `max_position_embeddings` is {limit:,}",
-            "shorten it, or `/clear` the conversation first",
+            SHORTER,
         )
 
 

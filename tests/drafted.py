@@ -101,9 +101,9 @@ class Drafted:
         g = self.model.hidden(ids, fresh.cache)
         for i, (layer, expected) in enumerate(zip(state.cache, fresh.cache, strict=True)):
             assert_rows(f"layer {i}", layer, expected, len(state.ids), bound)
-        if state.mtp_pairs:
-            pairs = min(state.mtp_pairs, len(state.ids) - 1)
+        if pairs := max(min(state.mtp_pairs, len(state.ids) - 1), 0):
             self.mtp.states(g[:, :pairs], ids[:, 1 : pairs + 1], fresh.mtp_cache)
+            # The last of len(ids) pairs is of an id that is gone; `rewind` drops it.
             assert_rows("MTP", state.mtp_cache, fresh.mtp_cache, pairs, bound)
         assert state.mtp_cache.length == state.mtp_pairs
         if state.pending:
@@ -118,8 +118,8 @@ def resident_bytes() -> int:
 
 def assert_rows(name: str, cache, expected, length: int, bound: float) -> None:
     """Check the rows of a latent cache."""
-    assert cache.length == expected.length == length, name
-    actual, expected = (np.array(c.latents[0]) for c in (cache, expected))
+    assert cache.length - length in (0, name == "MTP") and expected.length == length, name
+    actual, expected = (np.array(c.latents[0, :length]) for c in (cache, expected))
     worst = np.abs(actual - expected).max(axis=-1)
     assert worst.max() < bound, f"{name}: row {worst.argmax()} of {length} is off by {worst.max()}"
 

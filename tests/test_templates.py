@@ -126,6 +126,8 @@ def test_what_fills_the_context(name, tmp_path):
     assert shares["system"] == len(tokenizer.encode("be small and brief", add_special_tokens=False))
     assert shares["questions"] == 2 * len(tokenizer.encode("Q1", add_special_tokens=False))
     assert shares["thoughts"] == 0 < shares["answers"]
+    conversation.clear()
+    assert dict(conversation.shares()) == dict.fromkeys(shares, 0) | {"system": shares["system"]}
 
 
 def test_the_demos_own_template():

@@ -154,7 +154,11 @@ class Conversation:
 
     def shares(self) -> list[tuple[str, int]]:
         """Return by what kind of text, and the template's own, the context is filled, in tokens."""
-        counts = [len(self.encode(self._rendered(KINDS[:n]))) for n in range(len(KINDS) + 1)]
+        if self.messages:
+            texts = [self._rendered(KINDS[:n]) for n in range(len(KINDS) + 1)]
+        else:  # of which there is no prompt
+            texts = ["", *[self.disarm(self.system or "")] * len(KINDS)]
+        counts = [len(self.encode(text)) for text in texts]
         added = {kind: counts[i + 1] - counts[i] for i, kind in enumerate(KINDS)}
         shown = ("system", "questions", "thoughts", "answers")
         return [(kind, added[kind]) for kind in shown] + [("template", counts[0])]

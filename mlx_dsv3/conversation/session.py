@@ -170,7 +170,8 @@ class Session:
             conversation.thinking = transcript.thinking
         if conversation.messages and conversation.messages[-1]["role"] == "user":
             conversation.add_assistant("")  # the process ended before a reply came
-        conversation.prompt()  # a template may refuse it
+        if conversation.messages:
+            conversation.prompt()  # a template may refuse it
         drafts = transcript.drafts if self.loaded.mtp is not None else self.drafts
         control = make_control(self.loaded, drafts)
         state, problem = self._saved_state(cache, control.fixed != 0)

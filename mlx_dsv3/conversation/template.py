@@ -81,7 +81,7 @@ def refusal(tokenizer, messages: list[dict], error: Exception) -> UserError:
     reason = " ".join(str(error).split()) or UNSAID.get(kind, "no reason given")
     what = "refuses" if kind == "TemplateError" else f"fails: {kind}"  # its own raise_exception
     hint = OF_THIS_MODEL
-    if messages[0]["role"] == "system":
+    if messages and messages[0]["role"] == "system":
         try:
             apply(tokenizer, messages[1:])
             hint = "leave out `-s`: without a system prompt it works"

@@ -56,16 +56,19 @@ def roles(session: Session) -> list[str]:
 
 
 def assert_goes_on(session: Session) -> None:
-    """Check the caches, and that the next turn reuses them and is what it is from scratch."""
+    """Check the caches, and that the next turn reuses them and is what it is from scratch.
+
+    After an error they are empty.
+    """
     loaded, state = session.loaded, session.state
-    if state.mtp_cache is not None:
+    if state.mtp_cache is not None and state.ids:
         Drafted(loaded.model, loaded.mtp).assert_exact(state, bound=1e-4)
     held = len(state.ids)
     *events, end = session.turn(FOLLOW_UP)
     answer = session.conversation.messages.pop()["content"]
     pieces = stream(loaded, session.conversation.prompt_ids(), drafts=0)
     assert said(events) == answer == "".join(piece.text for piece in pieces)
-    assert 0 < held - 2 <= end.stats.reused_tokens
+    assert held - 2 <= end.stats.reused_tokens
 
 
 def test_a_turn_is_texts_and_then_an_end(session, capsys):
@@ -163,6 +166,97 @@ def test_a_reader_fails_at_the_end_of_a_reply(session, error, kept):
     with pytest.raises(type(error)):
         events.throw(error)
     assert roles(session) == kept
+
+
+STOPS = {"closed": None, "stopped": KeyboardInterrupt(), "failed": OSError("the pipe is closed")}
+
+
+def stop(events: Iterator[Event], at: int, how: str) -> None:
+    """Read some events, then stop the reply or fail."""
+    for _ in range(at):
+        next(events)
+    if how == "closed":
+        return events.close()
+    error = STOPS[how]
+    try:
+        while not isinstance(event := events.throw(error), End):
+            pass
+        assert how == "stopped" and list(events) == [] and event.finish_reason == "interrupted"
+    except OSError as raised:
+        assert how == "failed" and raised is error
+
+
+@pytest.mark.parametrize(
+    "at, how, again",
+    [
+        (1, "closed", "regenerate"),
+        (3, "closed", "retry"),
+        (3, "stopped", "regenerate"),
+        (1, "stopped", "retry"),
+        (3, "failed", "regenerate"),
+    ],
+)
+def test_a_reply_stays_until_another_comes(session, how, at, again):
+    """A stray Ctrl-C cost the answer that was to be replaced, and all that followed it."""
+    list(session.turn(QUESTION))
+    list(session.turn(FOLLOW_UP))
+    before, takes = list(session.conversation.messages), session.takes
+    events = session.regenerate() if again == "regenerate" else session.retry(1)
+    stop(events, at, how)  # within the prompt
+    assert session.conversation.messages == session.messages == before
+    assert session.takes == takes
+    assert_goes_on(session)
+
+
+def test_a_reply_of_which_something_came_replaces_the_other(session):
+    list(session.turn(QUESTION))
+    text = next(reply(events := session.regenerate())).text
+    stop(events, 1, "stopped")
+    assert text and session.messages[-1]["content"].startswith(text)
+    assert session.takes == 1
+
+
+@pytest.mark.parametrize(
+    "at, how", [(1, "failed"), (4, "stopped"), (8, "closed"), (8, "stopped"), (12, "failed")]
+)
+def test_a_turn_that_is_left_anywhere(session, how, at):
+    """Closed or stopped, it keeps what was said, failed it is none; the next one is exact."""
+    list(session.turn(QUESTION))
+    stop(session.turn(QUESTION), at, how)
+    assert roles(session) == ["user", "assistant"] * (1 if how == "failed" else 2)
+    assert_goes_on(session)
+
+
+def test_other_takes_of_a_reply(loaded):
+    """Each has the noise of the next seed; a new question begins with the first again."""
+    session = Session(loaded, settings={"temp": 3, "max_tokens": 12}, drafts=1)
+    list(session.turn(QUESTION))
+    texts = [session.messages[-1]["content"]]
+    for _ in range(2):
+        list(session.regenerate())
+        texts.append(session.messages[-1]["content"])
+    assert len(set(texts)) == 3
+    list(session.retry(1))
+    assert session.messages[-1]["content"] == texts[0] and session.takes == 0
+
+
+def test_a_context_that_is_full(loaded):
+    """The reply ends, the next question is refused with what to do, and that helps."""
+    limit = 60
+    session = Session(replace(loaded, plan=replace(loaded.plan, context=limit)), drafts=2)
+    for _ in range(10):
+        *_, end = session.turn(QUESTION)
+        if end.finish_reason == "length":
+            break
+    assert end.stats.prompt_tokens + end.stats.reply_tokens == limit
+    before = list(session.messages)
+    with pytest.raises(UserError, match="(?s)memory is planned for 60.*/undo.*/clear.*--context"):
+        list(session.turn(FOLLOW_UP))
+    assert session.messages == before
+    session.conversation.undo()
+    list(session.turn("Hi"))
+    session.clear()
+    assert_goes_on(session)
 
 
 def test_a_refusal_leaves_no_turn_and_keeps_the_caches(session, monkeypatch):

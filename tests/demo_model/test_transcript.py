@@ -92,6 +92,8 @@ def test_a_reply_that_comes_is_saved_whole(loaded, tmp_path):
 def test_a_question_without_a_reply_can_be_answered(loaded, tmp_path):
     """The process ended before a token came."""
     session, path = Session(loaded), tmp_path / "chat.json"
+    save(session, path)
+    assert session.restore(read(path)) is None and session.messages == []
     session.conversation.add_user(QUESTION)
     save(session, path)
     session.restore(read(path))
