@@ -198,6 +198,7 @@ def converse(talk: Watched) -> None:
     assert talk.ask("what is the day").finish_reason in ("stop", "length")
     talk.ask("and the plan")
     talk.ask("tell me", stop_after=3)
+    assert talk.family.appends or CLOSE in messages()[-1]["content"]  # a thought is closed
     talk.ask("which animal")
     before = list(messages())
     talk.reply(session.regenerate())
