@@ -85,7 +85,8 @@ def attributes(text: str) -> dict[str, set[str]]:
         ("_a_ ***b*** c", {"a": {"italics"}, "b": {"bold", "italics"}, "c": set()}),
         ("**a *b* c** d", {"b": {"bold", "italics"}, "c": {"bold"}, "d": set()}),
         ("**Note:** text", {"Note": {"bold"}, "text": set()}),
-        ("à**é**à", {"à": set(), "é": {"bold"}}),  # as in scripts without spaces
+        ("重**é**点 «**a**» b", {"重": set(), "é": {"bold"}, "a": {"bold"}, "b": set()}),
+        ("ω_i π*r* x_重_y", {"i": set(), "r": set(), "y": set()}),
         ("2 * 3 * 4, 5*6*7, 2**3", dict.fromkeys("234567", set())),
         ("a_b_c __init__.py snake_case_ d", dict.fromkeys(("b", "py", "case", "d"), set())),
         (r"\*a\* \`b\`", {"a": set(), "b": set()}),

@@ -18,13 +18,10 @@ BOLD, ITALIC, CODE, LINK, MARK, QUOTE, HEADING = "1", "3", "36", "4", "35", "2",
 # At the beginning of a line: what may become a mark, and what has become one.
 UNDECIDED = re.compile(r"#{1,6}|[-*+]|\d{1,3}[.)]?|`{1,2}|~{1,2}")
 TITLE, ITEM, FENCE = re.compile(r"#{1,6}\s"), re.compile(r"([-*+]|\d+[.)])\s"), ("```", "~~~")
-# `*` and `_` begin something only after a space, one of these, or a script without spaces.
-BEFORE = frozenset("([{\"'-:*_~>,.;!?|")
+# `*` and `_` begin something after a space or a mark, of ASCII one of these; in scripts without
+# spaces, from CJK on, `*` does anywhere.
+BEFORE, CJK = frozenset("([{\"'-:*_~>,.;!?|"), "\u2e80"
 STRENGTHS = {1: (ITALIC,), 2: (BOLD,), 3: (ITALIC, BOLD)}
-
-
-def is_word(character: str) -> bool:
-    return character.isascii() and character.isalnum()
 
 
 class Markdown:
@@ -179,8 +176,9 @@ class Markdown:
         run, self.held = self.held, ""
         mark, before, kinds = run[0], self.before, STRENGTHS[len(run)]
         on = [kind for kind in kinds if self.marks.get(kind) == mark]
-        can_end = before and not before.isspace() and (mark == "*" or not is_word(after))
-        is_free = not before or before.isspace() or before in BEFORE or not before.isascii()
+        can_end = before and not before.isspace() and (mark == "*" or not after.isalnum())
+        is_mark = before in BEFORE or not before.isascii() and not before.isalnum()
+        is_free = not before.strip() or is_mark or mark == "*" and before >= CJK
         if not on and is_free and not after.isspace():
             self.marks |= {kind: mark for kind in kinds if kind not in self.marks}
         self.put(run)
