@@ -33,7 +33,7 @@ CUDA_LANE := -m cuda tests/test_kernels.py tests/parity/test_cuda.py
 DEMO := build/demo-q4
 QUESTION := Hello! What is the capital of France?
 
-.PHONY: demo test quick slow fuzz test-newest test-oldest pins parity triton cuda lint format clean
+.PHONY: demo test quick slow fuzz fuzz-chat picture test-newest test-oldest pins parity triton cuda lint format clean
 
 demo: $(DEMO)/config.json
 	@if [ -t 0 ]; then $(BIN)/python chat.py $(DEMO); \
@@ -58,6 +58,14 @@ slow: $(VENV)/.test
 # seed each time; what it finds lies in build/fuzz and comes again with `--seed S --only NUMBER`.
 fuzz: $(VENV)/.test
 	env PYTHONPATH=tests $(BIN)/python -m fuzz $(or $(ARGS),--seconds 300)
+
+# Random keys and commands in chats on pseudo-terminals: 2,000 sequences, the same for the same SEED.
+fuzz-chat: $(VENV)/.test $(DEMO)/config.json
+	env PYTHONPATH=tests $(BIN)/python -m fuzz.chat $(ARGS)
+
+# Draw docs/chat.svg, the picture of the README: a real chat with the demo model.
+picture: $(VENV)/.test $(DEMO)/config.json
+	env PYTHONPATH=tests $(BIN)/python -m demo_model.picture
 
 # Every version as new, or as old, as pyproject.toml allows, in an environment of its own.
 test-newest:

@@ -30,6 +30,7 @@ ENTER, CTRL_C, CTRL_D, CTRL_R, TAB, UP, ALT_ENTER = (
     "\x1b[A",
     "\x1b\r",
 )
+GREY = (38, 5, 245)  # of 256 colours
 BRACKETED_PASTE = 2004 << 5  # as pyte counts private modes
 
 
@@ -51,6 +52,10 @@ class Display(pyte.HistoryScreen):
             self.buffer.pop(y, None)
         self.lines = lines
         super().resize(lines, columns)
+
+    def select_graphic_rendition(self, *codes: int, **options) -> None:
+        """Draw in grey what is dim, which pyte does not know."""
+        super().select_graphic_rendition(*(GREY if codes == (2,) else codes), **options)
 
     @property
     def cursor_row(self) -> int:
@@ -166,6 +171,12 @@ class Terminal:
             raise AssertionError(f"the chat did not leave:\n{self.text()}")
         return self.process.returncode
 
+    def hang_up(self) -> None:
+        """Close the window: the program gets SIGHUP, and can neither read nor write any more."""
+        os.close(self.slave)
+        os.close(self.fd)
+        self.fd, self.slave = os.openpty()  # nobody's, so that all else goes on
+
     def is_restored(self) -> bool:
         """Say whether the terminal is as it was before: its modes, the cursor, pasting."""
         same = termios.tcgetattr(self.slave) == self.modes
@@ -175,5 +186,6 @@ class Terminal:
         if self.process.poll() is None:
             self.send(signal.SIGKILL)
             self.process.wait()
-        os.close(self.fd)
-        os.close(self.slave)
+        for file in {self.fd, self.slave} - {-1}:
+            os.close(file)
+        self.fd = self.slave = -1

@@ -132,7 +132,7 @@ class Conversation:
         """Return that text with what is of some kinds alone; of the others the content is empty."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         messages = [self._for_template(message, kinds) for message in system + self.messages]
-        return clean(render(self.tokenizer, messages, self.thinking))
+        return clean(render(self.tokenizer, messages, self.thinking)) if messages else ""
 
     def _for_template(self, message: dict, kinds: Collection[str]) -> dict:
         """Return a message with the thoughts as a field of its own, where the template has one.

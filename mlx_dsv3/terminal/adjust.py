@@ -46,7 +46,8 @@ def set_number(chat, name: str, text: str) -> None:
 
 def set_drafts(chat, name: str, text: str) -> None:
     """Change how many tokens are drafted; `off` drafts none."""
-    chat.session.set_drafts("0" if text == "off" else text)
+    text = "0" if text == "off" else text
+    chat.session.set_drafts(chosen(text, "`/drafts`", DRAFTS))
 
 
 def set_thinking(chat, name: str, text: str) -> None:

@@ -28,12 +28,12 @@ from mlx_dsv3.terminal.names import LAST, file_of, files, first_word, number_of,
 PARTS = ("messages", "settings", "model", "prompt")
 LONGEST_SHOWN = 60  # characters of a message that is only named
 KEYS = """\
-  \"""                    begins and ends a message of several lines
-  //TEXT                 sends a message that begins with a slash
-  Enter, Alt-Enter       sends; begins a new line
-  Tab, Ctrl-R, Ctrl-G    completes; searches the lines typed; opens an editor
-  Ctrl-C                 stops the reply and keeps what was said
-  Ctrl-D                 leaves"""
+  \"""                       begins and ends a message of several lines
+  //TEXT                     sends a message that begins with a slash
+  Enter, Alt-Enter           sends; begins a new line
+  Tab, Ctrl-R, Ctrl-G        completes; searches the lines typed; opens an editor
+  Ctrl-C                     stops the reply and keeps what was said
+  Ctrl-D                     leaves"""
 
 
 class Leave(Exception):
@@ -57,7 +57,7 @@ def show_help(chat, text: str) -> None:
         say(f"  {command.usage}\n  {command.help}")
         return
     for command in COMMANDS.values():
-        say(f"  {command.usage:<23}{command.help}")
+        say(f"  {command.usage:<27}{command.help}")
     say(KEYS)
 
 
@@ -98,7 +98,7 @@ def show(chat, text: str) -> None:
     elif part == "settings":
         say("\n".join(settings_lines(chat)))
     elif part == "prompt":
-        say(session.conversation.prompt())
+        say(session.conversation.prompt() or "(no message yet)")
     else:
         say("\n".join(model_lines(chat)))
 
@@ -265,7 +265,7 @@ COMMANDS: dict[str, Command] = dict(
         of(clear, "/clear", "begin a new conversation; the system prompt stays"),
         of(system, "/system [TEXT]", "change the system prompt; without TEXT remove it"),
         of(set_value, "/set [NAME VALUE]", "list the settings, or change one", settings),
-        of(show, f"/show [{'|'.join(PARTS)}]", "show the conversation and more", PARTS),
+        of(show, "/show [PART]", f"show {', '.join(PARTS[:-1])} or {PARTS[-1]}", PARTS),
         of(think, "/think on|off", "let the model think first, where it can", ON_OFF),
         of(regenerate, "/regen", "answer the last question again"),
         of(undo, "/undo", "take back the last question"),

@@ -132,7 +132,7 @@ class Lines:
             complete_style=CompleteStyle.READLINE_LIKE,  # others reserve lines below the prompt
             key_bindings=key_bindings(),
             multiline=True,
-            prompt_continuation=CONTINUATION,
+            prompt_continuation=lambda width, line, wraps: "" if wraps else CONTINUATION,
             enable_suspend=True,
             input=input,
             output=output or own_output(),
