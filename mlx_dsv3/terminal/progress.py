@@ -38,8 +38,8 @@ class Bar:
         if now < self.drawn_at + PAUSE_S or not takes_attributes(sys.stderr):
             return
         line = f"{bar(share, WIDTH)} {words}"[: shutil.get_terminal_size().columns - 1]
+        self.drawn_at, self.is_drawn = now, True  # before a Ctrl-C that strikes in `print`
         print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
-        self.drawn_at, self.is_drawn = now, True
 
     def erase(self) -> None:
         if self.is_drawn:
