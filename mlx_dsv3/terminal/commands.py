@@ -31,7 +31,7 @@ KEYS = """\
   \"""                       begins and ends a message of several lines
   //TEXT                     sends a message that begins with a slash
   Enter, Alt-Enter           sends; begins a new line
-  Tab, Ctrl-R, Ctrl-G        completes; searches the lines typed; opens an editor
+  Tab, Ctrl-R, Ctrl-G        completes; searches past lines; opens an editor
   Ctrl-C                     stops the reply and keeps what was said
   Ctrl-D                     leaves"""
 
