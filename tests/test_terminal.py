@@ -2,19 +2,22 @@
 
 import io
 import json
+import random
+import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pyte
 import pytest
+from test_statistics import stats
 
 from mlx_dsv3.conversation.session import End, Text
-from mlx_dsv3.decoding.draft_stats import LEAST_TOKENS, DraftStats
+from mlx_dsv3.errors import visible
 from mlx_dsv3.experts.bank import Counters
-from mlx_dsv3.generate import Prefill, Stats
-from mlx_dsv3.terminal.drawing import RESET, duration
+from mlx_dsv3.generate import Prefill
+from mlx_dsv3.terminal.drawing import RESET
 from mlx_dsv3.terminal.repl import Chat, answer_line
 from mlx_dsv3.terminal.screen import Screen
-from mlx_dsv3.terminal.statistics import context_lines, stats_lines, stats_words
 from mlx_dsv3.terminal.trace import Trace
 
 # Clears the screen, sets the title and the clipboard, in C0 and in C1; hides what came before.
@@ -84,16 +87,6 @@ def full(text):
 
 THINKING = [Prefill(0, 0, 11), Text("Let me", True), Text(" see.\n", True), Text("*Two*.")]
 EVERYTHING = "# A\n**b** *c* `d` [e](f)\n- g\n> h\n```\ni\n```\n"
-
-
-def stats(drafted=0, accepted=0, experts=None, **values) -> Stats:
-    """Return the statistics of the longest reply that a line must have room for."""
-    drafts = DraftStats(drafted=[drafted, 0, 0, 0], accepted=[accepted, 0, 0, 0])
-    drafts.steps, drafts.lengths = [1, drafted, 0, 0, 0], [drafted - accepted, accepted, 0, 0, 0]
-    longest = {"prompt_tokens": 131_234, "reused_tokens": 65_200, "prompt_s": 431.0}
-    longest |= {"first_token_s": 431.3, "reply_tokens": 4512, "reply_s": 51.2}
-    longest |= {"peak_bytes": 377_900_000_000, "drafts": drafts, "experts": experts}
-    return Stats(**longest | values)
 
 
 def shown(monkeypatch, events, out_is_terminal=True, err_is_terminal=True, **options):
@@ -201,79 +194,6 @@ def test_wide_and_long_lines(monkeypatch, text):
         assert out.replace(RESET, "") == text + "\n"
 
 
-def test_durations():
-    seconds = (0, 0.0514, 1.26, 9.94, 9.96, 59.7, 599, 599.6, 7250)
-    words = [duration(s) for s in seconds]
-    assert words == [
-        *("0.001 s", "0.051 s", "1.3 s", "9.9 s", "10 s", "60 s", "599 s", "10 min", "121 min")
-    ]
-
-
-def test_the_line_fits_100_columns():
-    """Of a resident model, after a long reply to a longer prompt: 71 % of its drafts accepted."""
-    line = f"[{'; '.join(stats_words(stats(2000, 1420)))}]"
-    assert len(line) <= 100
-    assert line.startswith("[prompt 131,234 (65,200 reused), first token 431 s; reply 4,512, ")
-    assert line.endswith("88.1/s; drafts 71%; peak 377.9 GB]")
-
-
-def test_few_tokens_make_no_ratio():
-    """The demo greeted with `0.03 x plain`, of 13 tokens."""
-    few = {"prompt_tokens": 1020, "reused_tokens": 1000}
-    for tokens, is_ratio in ((LEAST_TOKENS - 1, False), (LEAST_TOKENS, True)):
-        experts = Counters(hits=900, misses=100, nbytes=10**9)
-        some = stats(tokens, 10, experts, **few | {"reply_tokens": tokens - 20})
-        line = "; ".join(stats_words(some))
-        assert (line.count("%"), line.count(" of ")) == ((2, 0) if is_ratio else (0, 2)), line
-        lines = "\n".join(lines_of(some, {3: experts}))
-        assert ("%" in lines) == is_ratio and " x plain" not in lines
-        assert lines.startswith("prompt       1,020 tokens, 1,000 reused\n")  # 20 say no speed
-    assert lines_of(stats())[0] == "prompt       131,234 tokens, 65,200 reused, 153.2/s"
-
-
-def lines_of(some: Stats, layers=None) -> list[str]:
-    """Return the lines of `/stats` after a reply."""
-    bank = SimpleNamespace(capacity=12)
-    store = SimpleNamespace(banks=dict.fromkeys(layers or {}, bank))
-    session = SimpleNamespace(loaded=SimpleNamespace(store=store))
-    session.control = SimpleNamespace(fixed=None)
-    return stats_lines(End("stop", some, layers or {}), session)
-
-
-def test_stats_are_drawn(monkeypatch):
-    """Hit rates of layers and what became of drafts, in blocks or, where there are none, ASCII."""
-    layers = {3: Counters(hits=900, misses=300), 4: Counters()}
-    for encoding, half in (("utf-8", "█" * 12), ("ascii", "#" * 12)):
-        stream = io.TextIOWrapper(io.BytesIO(), encoding)
-        monkeypatch.setattr("sys.stderr", stream)
-        lines = lines_of(stats(100, 50), layers)
-        rows = {" ".join(line[:13].split()): line[13:] for line in lines}
-        assert rows["accepted 0"] == rows["accepted 1"] == half * 2 + "      50"
-        assert rows["layer 3"].startswith(f"{half}{half[:6]}       75% hits, 12 slots")
-        assert rows["layer 4"].startswith(f"{'':<24} 0% hits")
-        assert all(len(line) <= 100 for line in lines)
-        "".join(lines).encode(encoding)
-
-
-def test_context_is_drawn(monkeypatch):
-    """What fills it by share of what is there: a short chat is nothing beside 32,768 tokens."""
-    loaded = SimpleNamespace(
-        args=SimpleNamespace(max_position_embeddings=999), plan=SimpleNamespace(context=400)
-    )
-    parts = [("system", 75), ("questions", 0), ("answers", 25)]
-    session = SimpleNamespace(context=lambda: parts, loaded=loaded)
-    assert [line.replace(" ", "") for line in context_lines(session)] == [
-        "context██████100of400tokens",
-        f"system{'█' * 18}75",
-        "questions0",
-        f"answers{'█' * 6}25",
-    ]
-    for count, drawn in ((0, ""), (1, "▏")):
-        session.context = lambda count=count: [("system", count)]
-        line = context_lines(session)[0]
-        assert line.replace(" ", "") == f"context{drawn}{count}of400tokens"
-
-
 def test_json_is_one_line_of_any_reply(monkeypatch):
     """An object for each reply, whatever it holds; of a prompt that was stopped too."""
     experts = Counters(hits=9, misses=1, nbytes=10**9)
@@ -291,6 +211,24 @@ def test_json_is_one_line_of_any_reply(monkeypatch):
     out, _ = shown(monkeypatch, [Prefill(7, 7, 11), nothing, nothing], as_json=True)
     prompts = [json.loads(line)["usage"]["prompt_tokens"] for line in out.splitlines()]
     assert prompts == [12, 0]  # the second was stopped before its prompt
+
+
+def test_any_events(monkeypatch):
+    """Whatever comes in whatever order: a pipe gets the answers alone, a terminal no command."""
+    rng = random.Random(16)
+    for _ in range(400):
+        prefill, end = Prefill(0, rng.randrange(9), 9), End("stop", rng.choice([None, stats()]), {})
+        texts = [Text(rng.choice([HOSTILE, EVERYTHING, "", "a", "`\n"])) for _ in range(9)]
+        thoughts = [replace(text, is_thought=True) for text in texts[:4]]
+        events = rng.choices([prefill, end, *texts, *thoughts], k=rng.randrange(12))
+        said = [event for event in events if event not in (prefill, *thoughts)]
+        answer = "".join("\n" if event is end else event.text for event in said)
+        options = {name: rng.random() < 0.5 for name in ("markdown", "raw", "hide_thinking")}
+        is_person = rng.random() < 0.5
+        assert shown(monkeypatch, events, False, is_person, **options)[0] == answer
+        for text in shown(monkeypatch, events, True, is_person, **options):
+            text = re.sub(r"\x1b\[([0-9;]*m|K)|[\r\n\t]", "", text)
+            assert text == visible(text)
 
 
 def test_an_error_takes_the_place_of_a_bar(monkeypatch):

@@ -52,7 +52,7 @@ class Chat:
                     event = events.throw(error)
                     self.screen.show(event)
             return self.ended(event)
-        except Exception:
+        except BaseException:  # a second Ctrl-C too
             self.screen.fail()
             raise
 
