@@ -83,7 +83,7 @@ def test_context_is_drawn(monkeypatch):
     parts = [("system", 75), ("questions", 0), ("answers", 25)]
     session = SimpleNamespace(context=lambda: parts, loaded=loaded)
     assert [line.replace(" ", "") for line in context_lines(session)] == [
-        "context██████100of400tokens",
+        "context██████100of400",
         f"system{'█' * 18}75",
         "questions0",
         f"answers{'█' * 6}25",
@@ -91,4 +91,4 @@ def test_context_is_drawn(monkeypatch):
     for count, drawn in ((0, ""), (1, "▏")):
         session.context = lambda count=count: [("system", count)]
         line = context_lines(session)[0]
-        assert line.replace(" ", "") == f"context{drawn}{count}of400tokens"
+        assert line.replace(" ", "") == f"context{drawn}{count}of400"

@@ -126,7 +126,7 @@ def context_lines(session: Session) -> list[str]:
     """Return the lines of `/context`: how full it is, and of what."""
     parts, limit = session.context(), context_limit(session.loaded)
     used = sum(count for _, count in parts)
-    lines = [f"{'context':<12} {bar(used / limit, WIDTH)} {used:>7,} of {limit:,} tokens"]
+    lines = [f"{'context':<12} {bar(used / limit, WIDTH)} {used:>7,} of {limit:,}"]
     for what, count in parts:
         lines.append(f"{what:<12} {bar(count / max(used, 1), WIDTH)} {count:>7,}")
     return lines
