@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 from drafted import agreeing_tensors
-from families import CLOSE, FAMILIES, OPEN, Family, real_folder, write_tokenizer
+from families import CLOSE, DEMO, FAMILIES, OPEN, Family, real_folder, write_tokenizer
 from mlx_folder import write_mlx
 from mlx_lm.utils import load_tokenizer
 
@@ -218,6 +218,9 @@ def converse(talk: Watched) -> None:
     talk.ask("the count")
     session.clear()
     talk.ask("the last", is_edited=True)
+    if session.thinking is not None:
+        session.set_thinking(not session.thinking)
+        talk.ask("and the first", is_edited=True)
 
 
 @pytest.fixture
@@ -225,7 +228,10 @@ def talk_with(model_of, tmp_path, monkeypatch):
     """Return a function (family, drafts, ...) -> Watched; `real` names a tokenizer to install."""
 
     def make(family: Family, drafts: int, is_canonical=True, real=None) -> Watched:
-        folder = real_folder(tmp_path, real) if real else write_tokenizer(tmp_path, family)
+        if real == "demo":
+            folder = DEMO
+        else:
+            folder = real_folder(tmp_path, real) if real else write_tokenizer(tmp_path, family)
         tokenizer = load_tokenizer(folder)
         loaded, known = model_of(-(-len(tokenizer.get_vocab()) // 64) * 64), tokenizer.get_vocab()
         allowed = words(tokenizer) if is_canonical else [i for i in known.values() if i > 2]
@@ -257,6 +263,10 @@ def test_text_that_is_tokenised_otherwise(name, talk_with):
     talk = talk_with(FAMILIES[name], 2, is_canonical=False)
     converse(talk)
     assert talk.num_lost > 0
+
+
+def test_a_conversation_with_the_demos_tokenizer(talk_with):
+    converse(talk_with(FAMILIES["V3"], 2, real="demo"))
 
 
 @pytest.mark.slow
