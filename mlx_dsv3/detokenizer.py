@@ -34,5 +34,4 @@ class Detokenizer:
         return self._text()[len(self.told) :]
 
     def _text(self) -> str:
-        ids = self.before + self.newest
-        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(self.before + self.newest)

@@ -39,6 +39,7 @@ def load_checked_tokenizer(folder: Path, args: ModelArgs, config: dict, trust_re
     from transformers import PreTrainedConfig
 
     extra = {"model_max_length": NO_LIMIT, "trust_remote_code": trust_remote_code}
+    extra["clean_up_tokenization_spaces"] = False  # a text would change when more of it comes
     try:
         extra["config"] = known = PreTrainedConfig(tokenizer_class=config.get("tokenizer_class"))
         known.model_type = args.model_type

@@ -9,6 +9,7 @@ import tiny
 from mlx_folder import write_json, write_tokenizer
 
 from mlx_dsv3.config import ModelArgs, read_config
+from mlx_dsv3.detokenizer import Detokenizer
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.load import load_checked_tokenizer
 
@@ -53,6 +54,18 @@ def test_it_does_not_hang_on_config_json(folder, case):
     """GigaChat3's integer in a float field ended the load in a traceback of huggingface_hub."""
     change(folder / "config.json", **STRICT[case])
     assert read(folder).encode("w5 w159", add_special_tokens=False) == [5, 159]
+
+
+def test_a_text_does_not_change_when_more_comes(folder):
+    """`w5 .` became `w5.`: a space that was shown already."""
+    words = json.loads((folder / "tokenizer.json").read_text())
+    del words["model"]["vocab"][f"w{SIZE - 1}"]
+    words["model"]["vocab"]["."] = SIZE - 1
+    write_json(folder / "tokenizer.json", words)
+    change(folder / "tokenizer_config.json", clean_up_tokenization_spaces=True)
+    tokenizer = read(folder)
+    assert tokenizer.decode([5, SIZE - 1]) == "w5 ."
+    assert [*map(Detokenizer(tokenizer).add, [5, SIZE - 1])] == ["w5", " ."]
 
 
 @pytest.mark.parametrize(
