@@ -7,13 +7,16 @@ model code: the first prompt is shown while the model loads.
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from prompt_toolkit import PromptSession
-from prompt_toolkit.application import get_app_or_none, run_in_terminal
+from prompt_toolkit.application import get_app, get_app_or_none, run_in_terminal
 from prompt_toolkit.completion import Completer, Completion
 from prompt_toolkit.enums import DEFAULT_BUFFER
 from prompt_toolkit.filters import has_focus
@@ -85,8 +88,8 @@ class Words(Completer):
             yield Completion(word, start, display=in_line(word))
 
 
-def key_bindings() -> KeyBindings:
-    """Return the keys that differ from those of a plain line."""
+def key_bindings(missed: Callable[[], None]) -> KeyBindings:
+    """Return the keys that differ from those of a plain line; `missed` takes a late Ctrl-C."""
     keys = KeyBindings()
     is_typing = has_focus(DEFAULT_BUFFER)  # and does not search the history
 
@@ -94,6 +97,14 @@ def key_bindings() -> KeyBindings:
     def enter(event) -> None:
         buffer = event.current_buffer
         buffer.newline(False) if is_open(buffer.text) else buffer.validate_and_handle()
+
+    @keys.add("c-c")
+    @keys.add("<sigint>")
+    def interrupt(event) -> None:
+        if event.app.is_running and not event.app.is_done:
+            event.app.exit(exception=KeyboardInterrupt, style="class:aborting")
+        else:  # prompt_toolkit's own fails here
+            missed()
 
     @keys.add("escape", "enter", filter=is_typing)
     def newline(event) -> None:
@@ -124,13 +135,14 @@ class Lines:
 
     def __init__(self, kept: Kept | None = None, choices=lambda text: (), input=None, output=None):
         self.kept, self.default, self.is_ended = kept, "", False
+        self.is_reading = self.is_interrupted = False
         self.session = PromptSession(
             PROMPT,
             history=History(kept.history() if kept else []),
             completer=Words(choices),
             complete_while_typing=False,
             complete_style=CompleteStyle.READLINE_LIKE,  # others reserve lines below the prompt
-            key_bindings=key_bindings(),
+            key_bindings=key_bindings(self.note_ctrl_c),
             multiline=True,
             prompt_continuation=lambda width, line, wraps: "" if wraps else CONTINUATION,
             enable_suspend=True,
@@ -149,7 +161,8 @@ class Lines:
         while not self.is_ended:
             default, self.default = self.default, ""
             try:
-                text = self.session.prompt(default=default)
+                with self.noting_ctrl_c():
+                    text = self.session.prompt(default=default, pre_run=self.leave_if_noted)
             except KeyboardInterrupt:
                 if self.session.default_buffer.text:
                     continue
@@ -159,6 +172,34 @@ class Lines:
             return unquoted(text)
         raise EOFError
 
+    @contextmanager
+    def noting_ctrl_c(self) -> Iterator[None]:
+        """Within it Ctrl-C waits for the prompt to listen, as `end` does.
+
+        It would break prompt_toolkit's loop while that is made or closed.
+        """
+        self.is_reading, self.is_interrupted = True, False
+        is_main = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGINT, self.note_ctrl_c) if is_main else None
+        try:
+            yield
+        finally:
+            self.is_reading = False
+            if is_main:
+                signal.signal(signal.SIGINT, before)
+        if self.is_ended:
+            raise EOFError
+        if self.is_interrupted:
+            raise KeyboardInterrupt
+
+    def note_ctrl_c(self, *_) -> None:
+        self.is_interrupted = True
+
+    def leave_if_noted(self) -> None:
+        """Leave a prompt that has just begun, for what struck before it could listen."""
+        if self.is_ended or self.is_interrupted:
+            get_app().exit(exception=EOFError if self.is_ended else KeyboardInterrupt)
+
     def end(self) -> bool:
         """End the reading from a signal's handler or another thread; say whether there was any."""
         self.is_ended, app = True, get_app_or_none()
@@ -167,7 +208,7 @@ class Lines:
             if app.is_running and not app.is_done:
                 app.exit(exception=EOFError)
 
-        if app is None or not app.is_running:
-            return False
-        app.loop.call_soon_threadsafe(leave)
-        return True
+        if app is not None and app.is_running:
+            app.loop.call_soon_threadsafe(leave)
+            return True
+        return self.is_reading
