@@ -23,6 +23,7 @@ from prompt_toolkit.filters import has_focus
 from prompt_toolkit.history import InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.output import Output, create_output
+from prompt_toolkit.search import stop_search
 from prompt_toolkit.shortcuts import CompleteStyle
 
 from mlx_dsv3.errors import UserError, in_line
@@ -101,7 +102,9 @@ def key_bindings(missed: Callable[[], None]) -> KeyBindings:
     @keys.add("c-c")
     @keys.add("<sigint>")
     def interrupt(event) -> None:
-        if event.app.is_running and not event.app.is_done:
+        if event.app.layout.is_searching:  # else the next line would go into the search
+            stop_search()
+        elif event.app.is_running and not event.app.is_done:
             event.app.exit(exception=KeyboardInterrupt, style="class:aborting")
         else:  # prompt_toolkit's own fails here
             missed()
