@@ -173,8 +173,13 @@ def load_chat(chat, text: str) -> None:
     problem = chat.session.restore(transcript, cache if cache.exists() else None)
     if problem:
         say(f"(its cache is not used: {problem})")
-    count = chat.session.conversation.num_questions
-    say(f"({count} question{'s' * (count != 1)}; `/show` shows the conversation)")
+    say(taken_up(chat.session))
+
+
+def taken_up(session) -> str:
+    """Say what a chat that goes on holds already."""
+    count = session.conversation.num_questions
+    return f"({count} question{'s' * (count != 1)}; `/show` shows the conversation)"
 
 
 def copy_answer(chat, text: str) -> None:

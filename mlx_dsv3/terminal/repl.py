@@ -7,12 +7,13 @@ import os
 import signal
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 from mlx_dsv3.conversation.messages import clean
 from mlx_dsv3.conversation.session import End, Event, Session
 from mlx_dsv3.errors import UserError, discard, unusable
-from mlx_dsv3.terminal.commands import Leave, choices, run_command
+from mlx_dsv3.terminal.commands import Leave, choices, run_command, taken_up
 from mlx_dsv3.terminal.kept import Kept
 from mlx_dsv3.terminal.screen import Screen
 from mlx_dsv3.terminal.trace import Trace
@@ -154,22 +155,26 @@ def repl(chat: Chat, lines=None, first: str = "") -> None:
         if chat.screen.stats != "json":
             print("/help lists commands", file=sys.stderr)
     chat.lines, chat.kept = lines, lines.kept
+    if chat.session.conversation.messages:
+        print(taken_up(chat.session), file=sys.stderr)
+    ahead = [first] if first else []
     with EndedBySignal(lines):
         try:
-            while read_and_answer(chat, first):
-                first = ""
+            with suppress(KeyboardInterrupt):  # one more, while the first is told
+                answer_lines(chat, ahead)
+            answer_lines(chat, ahead)
         finally:
             chat.keep()
 
 
-def read_and_answer(chat: Chat, line: str) -> bool:
-    """Answer a line, of those typed where it is empty; say whether the chat goes on."""
-    try:
-        if line := line or chat.lines.read():
-            answer_line(chat, line)
-    except KeyboardInterrupt:
-        chat.session.conversation.drop_unanswered()
-        print(HINT_AT_CTRL_C, file=sys.stderr)
-    except (EOFError, Leave):
-        return False
-    return True
+def answer_lines(chat: Chat, ahead: list[str]) -> None:
+    """Answer lines, first those that are there already, until one leaves."""
+    while not chat.lines.is_ended:
+        try:
+            if line := ahead.pop() if ahead else chat.lines.read():
+                answer_line(chat, line)
+        except KeyboardInterrupt:
+            chat.session.conversation.drop_unanswered()
+            print(HINT_AT_CTRL_C, file=sys.stderr)
+        except (EOFError, Leave):
+            chat.lines.is_ended = True
