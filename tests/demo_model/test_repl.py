@@ -151,7 +151,7 @@ def test_twice_in_a_row(chat, type_into, capsys):
 
 
 def test_ctrl_c_at_any_line(new_chat, type_into, tmp_path):
-    """The signal itself, at 25 of the lines of ours that a session runs, those at its ends apart.
+    """The signal itself, at 15 of the lines of ours that a session runs, those at its ends apart.
 
     There it may end the process, as it does everywhere: nothing is lost by then.
     """
@@ -159,7 +159,7 @@ def test_ctrl_c_at_any_line(new_chat, type_into, tmp_path):
     count = Interrupt(FILES, many)
     count.run(lambda: type_into(new_chat(2), keys))
     total = many - count.left
-    for line in range(AT_THE_ENDS, total - AT_THE_ENDS, total // 25):
+    for line in range(AT_THE_ENDS, total - AT_THE_ENDS, total // 15):
         (tmp_path / ".mlx_dsv3/history").unlink()  # or each session would run more lines
         interrupt, chat = Interrupt(FILES, line), new_chat(2)
         assert not interrupt.run(lambda chat=chat: type_into(chat, keys)) and interrupt.was_sent
