@@ -150,6 +150,8 @@ def test_twice_in_a_row(chat, type_into, capsys):
     assert capsys.readouterr().err.count("(/exit or Ctrl-D leaves)") >= 2
 
 
+# A file that was opened just then is closed with a warning.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_ctrl_c_at_any_line(new_chat, type_into, tmp_path):
     """The signal itself, at 15 of the lines of ours that a session runs, those at its ends apart.
 
