@@ -88,6 +88,9 @@ class Conversation:
         self.thinking = is_on
 
     def add_user(self, text: str) -> None:
+        """Add a question; one before it that was left without a reply has an empty one."""
+        if self.messages and self.messages[-1]["role"] == "user":
+            self.add_assistant("")
         self.messages.append({"role": "user", "content": clean(text)})
 
     def add_assistant(self, text: str) -> dict:

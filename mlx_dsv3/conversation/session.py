@@ -168,8 +168,6 @@ class Session:
         conversation.messages = [dict(message) for message in transcript.messages]
         if conversation.thinking is not None and transcript.thinking is not None:
             conversation.thinking = transcript.thinking
-        if conversation.messages and conversation.messages[-1]["role"] == "user":
-            conversation.add_assistant("")  # the process ended before a reply came
         if conversation.messages:
             conversation.prompt()  # a template may refuse it
         drafts = transcript.drafts if self.loaded.mtp is not None else self.drafts

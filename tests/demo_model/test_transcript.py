@@ -99,6 +99,11 @@ def test_a_question_without_a_reply_can_be_answered(loaded, tmp_path):
     session.restore(read(path))
     assert "Paris" in last(session.regenerate()).text
     assert [message["role"] for message in session.messages] == ["user", "assistant"]
+    session.restore(read(path))
+    assert "Rome" in last(session.turn(FOLLOW_UP)).text
+    assert [message["content"] for message in session.messages[:2]] == [QUESTION, ""]
+    save(session, path)
+    assert len(read(path).messages) == 4
 
 
 def damaged(path, change) -> None:
