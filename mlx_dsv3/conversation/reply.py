@@ -60,9 +60,10 @@ class Reply:
 
     def add(self, piece: Piece) -> list[Text]:
         """Add a token and return what it completes; there is always something to show."""
+        was_inside, self.stats = self.thoughts.is_inside, piece.stats
         self.message["content"] += piece.text
-        texts, self.stats = self.thoughts.feed(piece.text), piece.stats
-        if self.thoughts.is_inside:
+        texts = self.thoughts.feed(piece.text)
+        if was_inside or any(is_thought for is_thought, _ in texts):
             self.thought_s = time.perf_counter() - self.began
         if piece.finish_reason is not None:
             self.finish_reason = piece.finish_reason
