@@ -122,40 +122,51 @@ def show_plan(options: argparse.Namespace) -> None:
     print_plan(plan_memory(folder, **memory_options(options)))
 
 
-def open_chat(options: argparse.Namespace):
-    """Load the model and begin a chat with it, or take up the last one."""
+def open_chat(options: argparse.Namespace, loading=None):
+    """Load the model and begin a chat with it, or take up the last one.
+
+    What can be refused at once is refused before `loading` shows anything: a bar, or the first
+    prompt.
+    """
     transcript = last_chat(options) if options.resume else None
     folder = find_model(options)
+    settings = chat_settings(folder.path, vars(options))
     from mlx_dsv3.conversation.messages import check_template
-    from mlx_dsv3.conversation.session import Session  # 2 s of imports: refusals come before them
-    from mlx_dsv3.load import load
+    from mlx_dsv3.load import load, plan_memory
     from mlx_dsv3.terminal.progress import LoadBar
     from mlx_dsv3.terminal.repl import Chat
     from mlx_dsv3.terminal.screen import Screen
-    from mlx_dsv3.terminal.start import tell_start
+    from mlx_dsv3.terminal.start import start_lines
 
-    settings = chat_settings(folder.path, vars(options))
-    bar = LoadBar()
-    try:
+    plan, screen = plan_memory(folder, **memory_options(options)), Screen(**screen_options(options))
+    loading = loading or LoadBar()
+    loading.is_early = folder.repo is None  # a fetch has bars of its own
+    with loading:
         loaded = load(
             folder,
+            plan=plan,
             trust_remote_code=options.trust_remote_code,
             check_tokenizer=partial(check_template, system=options.system),
-            progress=bar,
-            **memory_options(options),
+            progress=loading.progress,
         )
-    finally:
-        said = bar.end()
-    screen = Screen(**screen_options(options))
+        session = open_session(loaded, options, settings, transcript)
+        said = start_lines(loaded, options.context)  # measures the disk
     if screen.stats == "line":
-        tell_start(loaded, options.context, said)
+        print("".join(f"{line}\n" for line in loading.long_load() + said), end="", file=sys.stderr)
+    return Chat(session, screen, model=model_name(options.model or DEMO))
+
+
+def open_session(loaded, options: argparse.Namespace, settings: dict, transcript):
+    """Begin a conversation, or go on with a kept one."""
+    from mlx_dsv3.conversation.session import Session
+
     session = Session(loaded, system=options.system, settings=settings, drafts=options.drafts)
     if transcript is not None:
         session.restore(transcript, cache=None)
         session.settings.update(given(options))
     if options.think is not None:
         session.set_thinking(options.think == "on")
-    return Chat(session, screen, model=model_name(options.model or DEMO))
+    return session
 
 
 def last_chat(options: argparse.Namespace):
@@ -192,6 +203,14 @@ def screen_options(options: argparse.Namespace) -> dict:
     }
 
 
+def first_prompt(options: argparse.Namespace):
+    """Return what shows a prompt while the model loads, or a bar where no such prompt can be."""
+    from mlx_dsv3.terminal.first import FirstPrompt, can_show
+    from mlx_dsv3.terminal.progress import LoadBar
+
+    return FirstPrompt(options.stats == "json") if can_show() else LoadBar()
+
+
 def read_question(prompt: str | None) -> str | None:
     """Return what -p and a pipe ask, None where a person sits at the terminal."""
     is_piped = not sys.stdin.isatty()
@@ -207,13 +226,17 @@ def read_question(prompt: str | None) -> str | None:
 
 def main(argv: list[str] | None = None) -> int:
     options = make_parser().parse_args(argv)
+    if argv is None and not options.trust_remote_code:
+        # This process is the chat's alone. Where torch is installed transformers would import it,
+        # 1.1 of 2.2 s, and only a repository's own code could need it.
+        sys.modules.setdefault("torch", None)
     if options.plan:
         show_plan(options)
         return 0
     question = read_question(options.prompt)
     with nothing_to_keep():
-        chat = open_chat(options)
-        from mlx_dsv3.terminal.repl import repl
+        loading = first_prompt(options) if question is None else None
+        chat = open_chat(options, loading)
 
     with ExitStack() as leaving:
         leaving.callback(chat.session.loaded.close)
@@ -221,7 +244,9 @@ def main(argv: list[str] | None = None) -> int:
             chat.trace_to(Path(options.trace))
         leaving.callback(chat.trace_to, None)
         if question is None:
-            repl(chat)
+            from mlx_dsv3.terminal.repl import repl
+
+            repl(chat, loading.typed, loading.line)
             return 0
         return INTERRUPTED if chat.turn(question).finish_reason == "interrupted" else 0
 

@@ -80,7 +80,7 @@ def test_what_takes_no_control_codes_gets_no_bar(to_stderr, clock, monkeypatch, 
     feed(PromptBar(), clock, 60)
     for done in range(10):
         clock[0] += 1
-        bar(done, 10)
+        bar.progress(done, 10)
     bar.erase()
     assert stderr.getvalue() == ""
 
@@ -91,20 +91,21 @@ def test_a_load_says_its_speed_and_afterwards_how_long_it_took(to_stderr, clock)
     bar = LoadBar()
     clock[0] += 30
     for i in range(76):
-        bar(i * 5_200_000_000, 389_900_000_000)
+        bar.progress(i * 5_200_000_000, 389_900_000_000)
         clock[0] += 1
     assert "loading 15.6 of 389.9 GB, 5.2 GB/s\x1b[K" in stderr.getvalue()
-    assert bar.end() == "loaded 390.0 GB in 76 s (5.1 GB/s)"
+    bar.erase()
+    assert bar.long_load() == ["loaded 390.0 GB in 75 s (5.2 GB/s)"]
     assert stderr.getvalue().endswith("\r\x1b[K")
 
 
 def test_a_short_load_is_not_worth_a_line(to_stderr, clock):
     to_stderr()
     bar = LoadBar()
-    bar(0, 2)
+    bar.progress(0, 2)
     clock[0] += 1.9
-    bar(2, 2)
-    assert bar.end() == "" and LoadBar().end() == ""
+    bar.progress(2, 2)
+    assert bar.long_load() == LoadBar().long_load() == []
 
 
 def test_a_narrow_terminal_is_not_wrapped(to_stderr, clock, monkeypatch):

@@ -11,9 +11,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import get_app, get_app_or_none, run_in_terminal
@@ -129,8 +130,12 @@ def key_bindings(missed: Callable[[], None]) -> KeyBindings:
 
 
 def own_output() -> Output:
-    """Return where the prompt is shown: a terminal, and never a pipe for the answers."""
-    return create_output(sys.stdout if sys.stdout.isatty() else sys.stderr)
+    """Return where the prompt is shown: a terminal, and never a pipe for the answers.
+
+    By a descriptor of its own: others are silenced while the tokenizer loads.
+    """
+    stream = sys.stdout if sys.stdout.isatty() else sys.stderr
+    return create_output(os.fdopen(os.dup(stream.fileno()), "w", encoding=stream.encoding))
 
 
 class Lines:
@@ -139,6 +144,7 @@ class Lines:
     def __init__(self, kept: Kept | None = None, choices=lambda text: (), input=None, output=None):
         self.kept, self.default, self.is_ended = kept, "", False
         self.is_reading = self.is_interrupted = False
+        self.modes: list | None = None  # of the terminal, which the next line gives back
         self.session = PromptSession(
             PROMPT,
             history=History(kept.history() if kept else []),
@@ -161,6 +167,8 @@ class Lines:
         """
         self.session.bottom_toolbar = toolbar
         self.session.refresh_interval = 0.2 if toolbar else 0
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
         while not self.is_ended:
             default, self.default = self.default, ""
             try:
@@ -170,6 +178,9 @@ class Lines:
                 if self.session.default_buffer.text:
                     continue
                 raise
+            finally:
+                if toolbar is None:  # else a prompt follows at once
+                    self.restore_modes()
             if self.kept:
                 self.kept.remember(text)
             return unquoted(text)
@@ -202,6 +213,13 @@ class Lines:
         """Leave a prompt that has just begun, for what struck before it could listen."""
         if self.is_ended or self.is_interrupted:
             get_app().exit(exception=EOFError if self.is_ended else KeyboardInterrupt)
+
+    def restore_modes(self) -> None:
+        """Let the terminal be as it was before the first prompt."""
+        modes, self.modes = self.modes, None
+        if modes is not None:
+            with suppress(termios.error):  # it has gone
+                termios.tcsetattr(sys.stdin, termios.TCSANOW, modes)
 
     def end(self) -> bool:
         """End the reading from a signal's handler or another thread; say whether there was any."""

@@ -48,38 +48,47 @@ class Bar:
 
 
 class LoadBar(Bar):
-    """How many bytes of a model are in memory; `words` says it, `show` draws it."""
+    """How many bytes of a model are in memory; `progress` takes what `load` tells and draws it.
+
+    Nothing is typed meanwhile: `typed` would be the lines, and `line` one that waits.
+    """
+
+    typed, line, is_early = None, "", True
 
     def __init__(self):
         super().__init__()
         self.done = self.total = 0
 
-    def __call__(self, done: int, total: int) -> None:
-        """Take what `load` tells, and draw it."""
+    def __enter__(self) -> "LoadBar":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.erase()
+
+    def progress(self, done: int, total: int) -> None:
         self.take(done, total)
         self.show()
 
     def take(self, done: int, total: int) -> None:
         if not done:
             self.restart()
-        self.done, self.total = done, total
+        self.done, self.total, self.took_s = done, total, self.seconds
 
     def words(self) -> str:
         if not self.done:
             return "loading"
-        speed = self.done / self.seconds / GB
+        speed = self.done / self.took_s / GB
         return f"loading {self.done / GB:.1f} of {gigabytes(self.total)}, {speed:.1f} GB/s"
 
     def show(self) -> None:
         self.draw(self.done / max(self.total, 1), self.words())
 
-    def end(self) -> str:
-        """Erase it; return what is worth saying of a load that was long."""
-        self.erase()
-        if not self.done or (seconds := self.seconds) < LONG_S:
-            return ""
-        speed = self.done / seconds / GB
-        return f"loaded {gigabytes(self.done)} in {duration(seconds)} ({speed:.1f} GB/s)"
+    def long_load(self) -> list[str]:
+        """Return what is worth saying of a load that was long."""
+        if not self.done or self.took_s < LONG_S:
+            return []
+        speed = self.done / self.took_s / GB
+        return [f"loaded {gigabytes(self.done)} in {duration(self.took_s)} ({speed:.1f} GB/s)"]
 
 
 class PromptBar(Bar):

@@ -1,7 +1,5 @@
 """What is said before the first question: the memory plan, and how fast experts can be read."""
 
-import sys
-
 from mlx_dsv3.load import Loaded
 from mlx_dsv3.memory import DEFAULT_CONTEXT, MemoryPlan
 from mlx_dsv3.sizes import gigabytes
@@ -18,29 +16,25 @@ def print_plan(plan: MemoryPlan) -> None:
     print(f"{'allowed':<14}{gigabytes(plan.limit_bytes):>12}   on this machine, now")
 
 
-def tell_start(loaded: Loaded, asked: int | None, long: str = "") -> None:
-    """Say what a person could not expect: a long load, less context, or experts on disk."""
-    if long and sys.stderr.isatty():
-        print(long, file=sys.stderr)
-    usual = min(DEFAULT_CONTEXT, loaded.args.max_position_embeddings)
+def start_lines(loaded: Loaded, asked: int | None) -> list[str]:
+    """Return what a person could not expect: less context than by default, or experts on disk."""
+    usual, lines = min(DEFAULT_CONTEXT, loaded.args.max_position_embeddings), []
     if asked is None and loaded.plan.context < usual:
-        print(f"memory allows a context of {loaded.plan.context:,} tokens", file=sys.stderr)
-    if loaded.store.is_streamed:
-        tell_streaming(loaded)
+        lines = [f"memory allows a context of {loaded.plan.context:,} tokens"]
+    return lines + (streaming_lines(loaded) if loaded.store.is_streamed else [])
 
 
-def tell_streaming(loaded: Loaded) -> None:
-    """Say how experts are streamed and what the disk allows, measured now."""
+def streaming_lines(loaded: Loaded) -> list[str]:
+    """Return how experts are streamed and what the disk allows, measured now."""
     store, (speed, nbytes) = loaded.store, loaded.store.probe()
-    print(
+    lines = [
         f"experts {loaded.plan.experts_words} in memory; the folder reads at "
         f"{speed / 1e9:.2f} GB/s, so a token takes {store.token_bytes / speed:.2g} s of reading "
-        "if none of its experts is in memory",
-        file=sys.stderr,
-    )
+        "if none of its experts is in memory"
+    ]
     if speed < SLOW_DISK and nbytes >= LEAST_PROBED:
-        print(
+        lines.append(
             "hint: that is slow for experts; copy the folder to an internal disk, or give "
-            "`--expert-memory` more",
-            file=sys.stderr,
+            "`--expert-memory` more"
         )
+    return lines
