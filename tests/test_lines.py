@@ -87,6 +87,7 @@ def test_a_prompt_in_a_thread_is_ended_from_outside(typed):
 
 def test_the_history_is_kept_for_its_user_alone(typed, home):
     (home / ".mlx_dsv3").chmod(0o755)
+    (home / ".mlx_dsv3/history").chmod(0o644)
     for keys in ("one\r", " a secret\r", '"""two\rlines"""\r', b"\xff\r"):
         typed(keys)
     file = home / ".mlx_dsv3/history"

@@ -111,7 +111,7 @@ def shown(chat, name: str) -> str:
     """Return what one of them is now."""
     value = ADJUSTABLE[name].now(chat)
     if value is None:
-        return "always or never" if name == "think" else "none"
+        return "up to the model" if name == "think" else "none"
     return ON_OFF[value] if isinstance(value, bool) else str(value)
 
 

@@ -124,7 +124,8 @@ def model_lines(chat) -> list[str]:
 
 
 def think(chat, text: str) -> None:
-    change(chat, "think", text)
+    if text:
+        change(chat, "think", text)
     say(f"(think is {shown(chat, 'think')})")
 
 
@@ -187,7 +188,8 @@ def copy_answer(chat, text: str) -> None:
     if not answers:
         raise UserError("there is no answer yet", "type a question")
     knows = chat.session.conversation.knows_thoughts
-    answer = split(answers[-1]["content"])[1] if knows else answers[-1]["content"]
+    answer = answers[-1]["content"]
+    answer = split(answer)[1].lstrip("\n") if knows else answer
     what, _, number = text.partition(" ")
     if text and what != "code":
         raise UserError(f"there is no `/copy {text}`", "`/copy` or `/copy code N`")

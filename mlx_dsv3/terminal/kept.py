@@ -6,7 +6,6 @@ mix; a chat that is taken up again goes on in a new one.
 """
 
 import os
-import stat
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -43,11 +42,8 @@ def open_history(flags: int) -> int:
     """Open the file of the lines typed; never what another name leads to."""
     path = private_folder() / "history"
     file = os.open(path, flags | PRIVATE, 0o600)
-    found = os.fstat(file)
     try:
-        owned(path, found)
-        if not stat.S_ISREG(found.st_mode):
-            raise UserError(f"`{path}` is not a file", "remove it")
+        owned(path, os.fstat(file))
         os.fchmod(file, 0o600)
     except BaseException:
         os.close(file)

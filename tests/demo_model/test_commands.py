@@ -4,6 +4,8 @@ import os
 import stat
 
 import pytest
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
 
 from mlx_dsv3.conversation.session import Session
 from mlx_dsv3.conversation.settings import DEFAULTS
@@ -12,6 +14,7 @@ from mlx_dsv3.errors import UserError
 from mlx_dsv3.terminal.clipboard import code_block
 from mlx_dsv3.terminal.commands import COMMANDS, choices
 from mlx_dsv3.terminal.kept import Kept, chats, newest
+from mlx_dsv3.terminal.lines import Lines
 from mlx_dsv3.terminal.repl import Chat, answer_line
 from mlx_dsv3.terminal.screen import Screen
 
@@ -73,6 +76,7 @@ def test_help_names_every_command_and_every_command_can_be_asked(say):
         ("/set drafts 9", "`/drafts` is `9`"),
         ("/drafts many", "`/drafts` is `many`"),
         ("/think on", "has no variable for thinking"),
+        ("/think", "(think is up to the model)"),
         ("/show all", "there is no `/show all`"),
         ("/regen", "there is no question yet"),
         ("/undo", "there is no question to take back"),
@@ -211,6 +215,9 @@ def test_the_answer_is_copied(chat, say, home, monkeypatch):
     monkeypatch.setenv("WAYLAND_DISPLAY", "wayland-0")
     answer = say(QUESTION)[0].strip()
     assert "by wl-copy" in say("/copy")[1] and (home / "copied").read_text() == answer
+    chat.session.conversation.knows_thoughts = True
+    chat.session.conversation.messages[-1]["content"] = f"<think>Hm.</think>\n\n{answer}"
+    assert "by wl-copy" in say("/copy")[1] and (home / "copied").read_text() == answer
     assert "has no code block 1; it has 0" in say("/copy code 1")[1]
     program.write_text("#!/bin/sh\nexit 1\n")
     assert "there is no clipboard" in say("/copy")[1]
@@ -235,6 +242,20 @@ def test_the_choices_of_tab(home, monkeypatch):
     assert choices("/set stats ") == ["line", "json", "off"] and choices("/set temp ") == []
     assert choices("/show s") == ["settings"] and choices("/think o") == ["off", "on"]
     assert choices("hello /re") == [] and choices("") == [] and choices("/read /no/such/") == []
+
+
+def test_an_editor_writes_the_next_message(chat, say, home, monkeypatch):
+    editor = home / "editor"
+    editor.write_text('#!/bin/sh\nprintf more >> "$1"\n')
+    editor.chmod(0o700)
+    monkeypatch.setenv("VISUAL", str(editor))
+    with create_pipe_input() as keys:
+        chat.lines = Lines(input=keys, output=DummyOutput())
+        say("/editor Some")
+        keys.send_text("!\r\r")
+        assert (chat.lines.read(), chat.lines.read()) == ("Somemore!", "")
+    monkeypatch.setenv("VISUAL", "false")
+    assert "the editor `false` ended with status 1" in say("/editor")[1]
 
 
 def test_a_reply_that_fails_in_any_way_keeps_the_chat(chat, say, monkeypatch):
@@ -264,6 +285,7 @@ def test_each_chat_is_kept_in_its_own_file(chat, say, loaded, home):
         {"role": "user", "content": QUESTION},
         {"role": "assistant", "content": ""},
     ]
+    assert read(newest()).messages == chat.session.conversation.messages
     answer_line(other, ITALY)
     assert [read(newest(name)).messages[0]["content"] for name in ("demo", "other")] == [
         QUESTION,

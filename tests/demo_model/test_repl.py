@@ -150,6 +150,29 @@ def test_twice_in_a_row(chat, type_into, capsys):
     assert capsys.readouterr().err.count("(/exit or Ctrl-D leaves)") >= 2
 
 
+def test_ctrl_c_before_a_reply_begins_and_while_it_is_told(chat, type_into):
+    """A question without an answer made every template refuse the next one."""
+    turn, conversation, drop = chat.session.turn, chat.session.conversation, []
+
+    def interrupted(text):
+        turn(text)
+        chat.session.turn = turn
+        raise KeyboardInterrupt
+
+    def dropped():
+        drop.append(conversation.messages.pop())
+        raise KeyboardInterrupt
+
+    chat.session.turn, conversation.drop_unanswered = interrupted, dropped
+    type_into(chat, f"Hi\r{QUESTION}\r\x04")
+    assert drop[0]["content"] == "Hi" and kept(chat)[0]["content"] == QUESTION
+    del conversation.drop_unanswered
+    conversation.add_user("Hi")
+    for _ in range(2):
+        conversation.drop_unanswered()
+    assert len(conversation.messages) == 2
+
+
 # A file that was opened just then is closed with a warning.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_ctrl_c_at_any_line(new_chat, type_into, tmp_path):
