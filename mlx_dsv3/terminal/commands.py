@@ -5,14 +5,12 @@ already completed and `/help` answers.
 """
 
 import re
-import sys
 from collections.abc import Callable, Iterable
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 
 from mlx_dsv3.conversation.thoughts import split
 from mlx_dsv3.conversation.transcript import cache_of, read, save
-from mlx_dsv3.errors import UserError, read_text, visible
+from mlx_dsv3.errors import UserError, read_text
 from mlx_dsv3.terminal.adjust import (
     ADJUSTABLE,
     DRAFTS,
@@ -24,9 +22,17 @@ from mlx_dsv3.terminal.adjust import (
 )
 from mlx_dsv3.terminal.clipboard import code_block, copy
 from mlx_dsv3.terminal.names import LAST, file_of, files, first_word, number_of, path_of
+from mlx_dsv3.terminal.showing import (
+    PARTS,
+    brief,
+    say,
+    show,
+    show_context,
+    show_plan,
+    show_stats,
+    taken_up,
+)
 
-PARTS = ("messages", "settings", "model", "prompt")
-LONGEST_SHOWN = 60  # characters of a message that is only named
 KEYS = """\
   \"""                       begins and ends a message of several lines
   //TEXT                     sends a message that begins with a slash
@@ -38,16 +44,6 @@ KEYS = """\
 
 class Leave(Exception):
     """Raised by /exit."""
-
-
-def say(text: str) -> None:
-    print(visible(text), file=sys.stderr)
-
-
-def brief(text: str) -> str:
-    """Return the beginning of a message, on one line."""
-    line = " ".join(text.split())
-    return line if len(line) <= LONGEST_SHOWN else f"{line[:LONGEST_SHOWN]}..."
 
 
 def show_help(chat, text: str) -> None:
@@ -87,40 +83,6 @@ def set_value(chat, text: str) -> None:
         return
     change(chat, name, value.strip())
     say(f"({name} is {shown(chat, name)})")
-
-
-def show(chat, text: str) -> None:
-    part, session = text or PARTS[0], chat.session
-    if part not in PARTS:
-        raise UserError(f"there is no `/show {part}`", f"choose {', '.join(PARTS)}")
-    if part == "messages":
-        say("\n".join(message_lines(session.conversation)) or "(no message yet)")
-    elif part == "settings":
-        say("\n".join(settings_lines(chat)))
-    elif part == "prompt":
-        say(session.conversation.prompt() or "(no message yet)")
-    else:
-        say("\n".join(model_lines(chat)))
-
-
-def message_lines(conversation) -> list[str]:
-    """Return the conversation with its questions numbered, for /retry."""
-    lines = [f"system: {conversation.system}"] if conversation.system else []
-    for i, message in enumerate(conversation.messages):
-        number = f"{i // 2 + 1} " if message["role"] == "user" else ""
-        lines.append(f"{number}{message['role']}: {message['content']}")
-    return lines
-
-
-def model_lines(chat) -> list[str]:
-    loaded, args = chat.session.loaded, chat.session.loaded.args
-    return [
-        f"  model     {chat.model}",
-        f"  type      {loaded.config.get('model_type')}, {args.num_hidden_layers} layers",
-        f"  experts   {loaded.plan.experts_words}",
-        f"  MTP       {'none' if loaded.mtp is None else 'there'}",
-        f"  context   {loaded.plan.context:,} tokens; {args.max_position_embeddings:,} at most",
-    ]
 
 
 def think(chat, text: str) -> None:
@@ -177,12 +139,6 @@ def load_chat(chat, text: str) -> None:
     say(taken_up(chat.session))
 
 
-def taken_up(session) -> str:
-    """Say what a chat that goes on holds already."""
-    count = session.conversation.num_questions
-    return f"({count} question{'s' * (count != 1)}; `/show` shows the conversation)"
-
-
 def copy_answer(chat, text: str) -> None:
     answers = [m for m in chat.session.conversation.messages if m["role"] == "assistant"]
     if not answers:
@@ -196,25 +152,6 @@ def copy_answer(chat, text: str) -> None:
     if text:
         answer = code_block(answer, number_of(number.strip() or "1", "/copy code N"))
     say(f"(copied {len(answer):,} characters by {copy(answer)})")
-
-
-def show_stats(chat, text: str) -> None:
-    from mlx_dsv3.terminal.statistics import stats_lines
-
-    say("\n".join(stats_lines(chat.last, chat.session)) if chat.last else "no reply yet")
-
-
-def show_context(chat, text: str) -> None:
-    from mlx_dsv3.terminal.statistics import context_lines
-
-    say("\n".join(context_lines(chat.session)))
-
-
-def show_plan(chat, text: str) -> None:
-    from mlx_dsv3.terminal.start import print_plan
-
-    with redirect_stdout(sys.stderr):
-        print_plan(chat.session.loaded.plan)
 
 
 def drafts(chat, text: str) -> None:

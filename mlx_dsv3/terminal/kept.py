@@ -70,7 +70,11 @@ def append_history(text: str) -> None:
 def chats() -> list[Path]:
     """Return the chats that are kept, the newest first."""
     folder = private_folder("sessions")
-    return sorted(folder.glob("*.json"), key=lambda path: -path.lstat().st_mtime_ns)
+    times = {}
+    for path in folder.glob("*.json"):
+        with suppress(FileNotFoundError):  # another chat has just dropped it
+            times[path] = path.lstat().st_mtime_ns
+    return sorted(times, key=times.get, reverse=True)
 
 
 def newest(model: str | None = None) -> Path:

@@ -13,9 +13,10 @@ from pathlib import Path
 from mlx_dsv3.conversation.messages import clean
 from mlx_dsv3.conversation.session import End, Event, Session
 from mlx_dsv3.errors import UserError, discard, unusable
-from mlx_dsv3.terminal.commands import Leave, choices, run_command, taken_up
+from mlx_dsv3.terminal.commands import Leave, choices, run_command
 from mlx_dsv3.terminal.kept import Kept
 from mlx_dsv3.terminal.screen import Screen
+from mlx_dsv3.terminal.showing import taken_up
 from mlx_dsv3.terminal.trace import Trace
 
 HINT_AT_CTRL_C = "(/exit or Ctrl-D leaves)"

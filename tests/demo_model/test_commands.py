@@ -1,5 +1,6 @@
 """Every command of a chat with the demo model, in this process; what is kept of a chat."""
 
+import json
 import os
 import stat
 
@@ -308,7 +309,33 @@ def test_the_newest_chats_stay(chat, say, home, monkeypatch):
     assert read(newest()).messages[0]["content"] == "3"
 
 
-def test_a_chat_that_cannot_be_kept_is_told_once(chat, say, home):
-    (home / ".mlx_dsv3").write_text("in the way")
-    told = say(QUESTION)[1] + say(ITALY)[1] + say("/clear")[1]
-    assert told.count("warning: this chat is not kept: ") == 1 and messages(chat) == []
+@pytest.mark.parametrize("trouble", ["no folder", "full"])
+def test_a_chat_that_cannot_be_kept_is_told_once(chat, say, home, monkeypatch, trouble):
+    """And it is kept again when it can be."""
+    with monkeypatch.context() as patch:
+        if trouble == "full":
+            patch.setattr("mlx_dsv3.conversation.transcript.os.replace", full)
+        else:
+            (home / ".mlx_dsv3").write_text("in the way")
+        told = say(QUESTION)[1] + say(ITALY)[1] + say("/undo")[1]
+    assert told.count("warning: this chat is not kept: ") == 1 and len(messages(chat)) == 2
+    if trouble == "full":
+        assert not list((home / ".mlx_dsv3/sessions").iterdir())
+        say("/help")
+        assert read(newest()).messages == chat.session.conversation.messages
+
+
+def full(*_):
+    raise OSError(28, "No space left on device")
+
+
+def test_the_experts_chosen_are_traced(chat, say, home):
+    assert "experts are traced to my trace" in say("/trace my\\ trace")[1]
+    say(QUESTION)
+    assert say("/trace off")[1] == "(no trace)\n"
+    size = (home / "my trace").stat().st_size
+    say(ITALY)
+    lines = (home / "my trace").read_text().splitlines()
+    assert (home / "my trace").stat().st_size == size
+    assert {json.loads(line)[0] for line in lines} >= {1, 2, 3}
+    assert json.loads(lines[0])[1][0]
