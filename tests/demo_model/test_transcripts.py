@@ -23,7 +23,7 @@ SETTINGS = """\
   seed                7
   max-tokens          none
   drafts              auto
-  think               always or never
+  think               up to the model
   system              You are brief.
   stats               line
   markdown            on
