@@ -27,7 +27,7 @@ def session(request, tmp_path) -> Session:
     loaded = load_model(tmp_path, dtype=mx.float32)
     tokenizer = load_tokenizer(write_tokenizer(tmp_path, FAMILIES["R1"]))
     loaded = replace(loaded, tokenizer=tokenizer, plan=replace(loaded.plan, context=CONTEXT))
-    return Session(loaded, settings={"temp": 1.0, "max_tokens": 4}, drafts=request.param)
+    return Session(loaded, settings={"temp": 1.0, "max_tokens": 2}, drafts=request.param)
 
 
 def caches_bytes(session: Session) -> int:
@@ -49,12 +49,12 @@ def test_two_hundred_turns(session):
     """With questions taken back, given again, stopped, and a context that is full at times."""
     rng, seen, refused = random.Random(0), [], 0
     for turn in range(TURNS):
-        events = session.turn("what is the plan " * rng.randint(1, 20))
+        events = session.turn("what is the plan " * rng.randint(1, 30))
         try:
             for _ in events:
                 if rng.random() < 0.02:
                     events.close()
-            if turn % 9 == 1:
+            if turn % 12 == 1:
                 list(session.regenerate())
             if turn % 20 == 1:
                 list(session.retry(1))
