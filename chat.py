@@ -146,7 +146,9 @@ def open_chat(options: argparse.Namespace, loading=None):
             folder,
             plan=plan,
             trust_remote_code=options.trust_remote_code,
-            check_tokenizer=partial(check_template, system=options.system),
+            check_tokenizer=partial(
+                check_template, system=options.system, thinking=thinking(options)
+            ),
             progress=loading.progress,
         )
         session = open_session(loaded, options, settings, transcript)
@@ -157,16 +159,25 @@ def open_chat(options: argparse.Namespace, loading=None):
 
 
 def open_session(loaded, options: argparse.Namespace, settings: dict, transcript):
-    """Begin a conversation, or go on with a kept one."""
+    """Begin a conversation, or go on with a kept one; what the command line says goes before it."""
     from mlx_dsv3.conversation.session import Session
 
     session = Session(loaded, system=options.system, settings=settings, drafts=options.drafts)
     if transcript is not None:
-        session.restore(transcript, cache=None)
-        session.settings.update(given(options))
+        transcript.settings |= given(options)
+        if options.system is not None:
+            transcript.system = options.system
+        if options.drafts != "auto":
+            transcript.drafts = options.drafts
+        session.restore(transcript)
     if options.think is not None:
-        session.set_thinking(options.think == "on")
+        session.set_thinking(thinking(options))
     return session
+
+
+def thinking(options: argparse.Namespace) -> bool | None:
+    """Return what `--think` says, None for nothing."""
+    return None if options.think is None else options.think == "on"
 
 
 def last_chat(options: argparse.Namespace):

@@ -81,6 +81,11 @@ def test_a_template_without_system_prompts(folder_of):
         assert run(folder, "-p", QUESTION, "-s", system, "--max-tokens", "1").returncode == 0
 
 
+def test_a_template_that_cannot_be_told_to_think(folder_of):
+    """It was said when the weights had loaded."""
+    refused(ask(folder_of(GOOD), "--think", "on"), "has no variable for thinking")
+
+
 def test_a_template_file_of_its_own(folder_of):
     folder = folder_of(GOOD)
     (folder / "chat_template.jinja").write_text("{% for")

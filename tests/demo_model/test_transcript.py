@@ -10,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+import chat
 from mlx_dsv3.conversation.messages import Conversation
 from mlx_dsv3.conversation.session import Session, Text
 from mlx_dsv3.conversation.transcript import FORMAT, Transcript, cache_of, read, save
@@ -30,6 +31,10 @@ def talk(loaded, tmp_path):
     list(session.turn(QUESTION))
     save(session, tmp_path / "chat.json", with_cache=True, model="demo")
     return session, tmp_path / "chat.json"
+
+
+def parse(*argv: str):
+    return chat.make_parser().parse_args([*argv])
 
 
 def last(events):
@@ -104,6 +109,18 @@ def test_a_question_without_a_reply_can_be_answered(loaded, tmp_path):
     assert [message["content"] for message in session.messages[:2]] == [QUESTION, ""]
     save(session, path)
     assert len(read(path).messages) == 4
+
+
+def test_the_command_line_goes_before_a_kept_chat(talk, loaded):
+    """`--continue -s` kept the old system prompt, and `--drafts` the old number."""
+    session, path = talk
+    kept = chat.open_session(loaded, parse("--continue"), {}, read(path))
+    assert kept.messages == session.messages and kept.conversation.system == "Be brief."
+    assert (kept.drafts, kept.settings["seed"]) == (1, 3)
+    told = parse("--continue", "-s", "Be long.", "--drafts", "0", "--seed", "7")
+    changed = chat.open_session(loaded, told, {}, read(path))
+    assert changed.messages == session.messages and changed.conversation.system == "Be long."
+    assert (changed.drafts, changed.control.fixed, changed.settings["seed"]) == ("0", 0, 7)
 
 
 def damaged(path, change) -> None:
