@@ -14,8 +14,6 @@ of `cpu.py`. Prints conditions, a table, and one JSON line last.
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +23,7 @@ from unittest import mock
 
 import mlx.core as mx
 import numpy as np
-from conditions import print_conditions
+from conditions import busy_core, print_conditions
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model as load_in_mlx_lm
 from synthetic import BASE, write_folder
@@ -37,7 +35,6 @@ from mlx_dsv3.model import cpu
 
 TOKENS = (8, 16, 24, 32, 64, 128, 256, 512)
 MOST_FORCED = 64  # tokens, of the programs that must not choose
-SETTLE_S = 1.0
 SIZES = ((512, 256), (1024, 1024), (2048, 2048))
 
 
@@ -144,17 +141,6 @@ def equal_rows(packing: Quantization, shape: tuple[int, int]) -> float:
         lambda: mx.eval(mx.quantized_matmul(x, weight, scales, biases, transpose=True, **settings))
     )
     return least(lambda: cpu.multiply(few, weight, scales, biases, packing)) / (row_s / 32)
-
-
-@contextmanager
-def busy_core() -> Iterator[None]:
-    """Keep one core busy with a process that counts."""
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
-        try:
-            time.sleep(SETTLE_S)
-            yield
-        finally:
-            process.kill()
 
 
 def main() -> None:

@@ -3,8 +3,26 @@
 import json
 import os
 import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import mlx.core as mx
+
+SETTLE_S = 1.0  # until a process that counts takes its share
+
+
+@contextmanager
+def busy_core() -> Iterator[None]:
+    """Keep one core busy with a process that counts."""
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        try:
+            time.sleep(SETTLE_S)
+            yield
+        finally:
+            process.kill()
 
 
 def print_conditions(**more) -> dict:
