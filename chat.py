@@ -153,6 +153,8 @@ def open_chat(options: argparse.Namespace, loading=None):
         )
         session = open_session(loaded, options, settings, transcript)
         said = start_lines(loaded, options.context)  # measures the disk
+        if transcript is not None:
+            said += [f"({session.conversation.num_questions} questions; `/show` shows them)"]
     if screen.stats == "line":
         print("".join(f"{line}\n" for line in loading.long_load() + said), end="", file=sys.stderr)
     return Chat(session, screen, model=model_name(options.model or DEMO))
@@ -186,7 +188,7 @@ def last_chat(options: argparse.Namespace):
     from mlx_dsv3.terminal.kept import newest
 
     transcript = read(newest(options.model and model_name(options.model)))
-    options.model = options.model or transcript.model
+    options.model = options.model or transcript.model or None
     return transcript
 
 

@@ -10,6 +10,7 @@ import pytest
 import chat
 from demo_model.test_chat import QUESTION, refused, run
 from mlx_dsv3 import memory
+from mlx_dsv3.terminal.kept import Kept
 from mlx_dsv3.terminal.repl import Chat, answer_line
 
 STREAMED = ("--expert-memory", "0.002")
@@ -216,3 +217,23 @@ def test_ctrl_c_while_text_is_shown(open_chat, capsys, monkeypatch):
     assert "(stopped)\n[prompt" in capsys.readouterr().err
     kept = talk.session.conversation.messages[-1]["content"]
     assert kept and "".join(shown) == f"{kept}\n"
+
+
+def test_the_command_line_goes_before_a_kept_chat(open_chat, demo_q4, tmp_path, monkeypatch):
+    """`--continue` brings messages, settings and system prompt; what is asked for now counts."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    talk = open_chat("-s", "Be brief.", "--temp", "0.5", "--seed", "7")
+    talk.turn(QUESTION)
+    Kept().save(talk.session, talk.model)
+    messages = talk.session.conversation.messages
+    assert talk.model == str(demo_q4.resolve()) and len(messages) == 2
+    session = open_chat("--continue", "--seed", "8").session
+    assert session.conversation.messages == messages
+    assert session.conversation.system == "Be brief."
+    assert (session.settings["temp"], session.settings["seed"]) == (0.5, 8)
+    session = open_chat("--continue", "-s", "Be kind.", "--drafts", "2").session
+    assert session.conversation.system == "Be kind." and session.drafts == "2"
+    options = chat.make_parser().parse_args(["--continue"])
+    with chat.open_chat(options).session.loaded as loaded:  # the model is the chat's
+        assert loaded.args.vocab_size == talk.session.loaded.args.vocab_size
+    assert options.model == talk.model
