@@ -1,12 +1,12 @@
 """From the command to the first prompt, and to the answer of a question typed there, beside mlx-lm.
 
-    python benchmarks/bench_start.py [MODEL] [--runs N]
+    python benchmarks/bench_start.py [MODEL] [--runs N] [--without-torch]
 
 Without MODEL the demo model. `chat.py` and `mlx_lm.chat` start in turn, each on a terminal of its
 own, idle and with one core busy; a figure is the ratio of the medians (below 1: ours is faster).
 The question is typed as soon as the prompt shows. Ours shows it before the model is there, and
-leaves out torch where that is installed, which mlx-lm imports. Prints conditions, a table, and one
-JSON line last.
+leaves out torch where that is installed, which mlx-lm imports; `--without-torch` hides it from
+both. Prints conditions, a table, and one JSON line last.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import select
 import signal
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -93,15 +94,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", type=Path, default=ROOT / "build/demo-q4")
     parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--without-torch", action="store_true")
     options = parser.parse_args()
-    os.environ |= {"TERM": "xterm", "PYTHONPATH": str(ROOT)}
-    has_torch = importlib.util.find_spec("torch") is not None
-    conditions = print_conditions(runs=options.runs, torch_is_installed=has_torch)
-    for name in PROGRAMS:
-        start(name, options.model)  # warm-up: files into memory
-    rows = sweep(options.model, options.runs, "idle")
-    with busy_core():
-        rows += sweep(options.model, options.runs, "one busy")
+    has_torch = importlib.util.find_spec("torch") is not None and not options.without_torch
+    conditions = print_conditions(runs=options.runs, with_torch=has_torch)
+    with tempfile.TemporaryDirectory() as scratch:
+        if options.without_torch:
+            hiding = 'import sys; sys.modules["torch"] = None'
+            Path(scratch, "sitecustomize.py").write_text(hiding)  # Python runs it at each start
+        os.environ |= {"TERM": "xterm", "PYTHONPATH": f"{ROOT}{os.pathsep}{scratch}"}
+        for name in PROGRAMS:
+            start(name, options.model)  # warm-up: files into memory
+        rows = sweep(options.model, options.runs, "idle")
+        with busy_core():
+            rows += sweep(options.model, options.runs, "one busy")
     print(json.dumps({"bench": "start", **conditions, "rows": rows}))
 
 
