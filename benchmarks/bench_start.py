@@ -2,7 +2,7 @@
 
     python benchmarks/bench_start.py [MODEL] [--runs N] [--without-torch]
 
-Without MODEL the demo model. `chat.py` and `mlx_lm.chat` start in turn, each on a terminal of its
+Without MODEL the demo model. `chat.py` and mlx-lm's chat start in turn, each on a terminal of its
 own, idle and with one core busy; a figure is the ratio of the medians (below 1: ours is faster).
 The question is typed as soon as the prompt shows. Ours shows it before the model is there, and
 leaves out torch where that is installed, which mlx-lm imports; `--without-torch` hides it from
