@@ -188,7 +188,7 @@ class Day:
             terminal.type(f"{self.said} Tell me something long.{ENTER}")
             row = terminal.display.cursor_row
             self.wait(
-                lambda: terminal.display.cursor_row > row + 1 or self.is_at_prompt(), "no reply"
+                lambda: terminal.display.cursor_row > row + 1, "no reply"
             )
         if way in ("/exit", "Ctrl-D"):
             if is_replying and not self.to_prompt():
