@@ -7,14 +7,12 @@ model code: the first prompt is shown while the model loads.
 
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import tempfile
 import termios
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import get_app, get_app_or_none, run_in_terminal
@@ -143,7 +141,7 @@ class Lines:
 
     def __init__(self, kept: Kept | None = None, choices=lambda text: (), input=None, output=None):
         self.kept, self.default, self.is_ended = kept, "", False
-        self.is_reading = self.is_interrupted = False
+        self.is_interrupted = False  # by a Ctrl-C that nobody has listened to yet
         self.modes: list | None = None  # of the terminal, which the next line gives back
         self.session = PromptSession(
             PROMPT,
@@ -172,9 +170,11 @@ class Lines:
         while not self.is_ended:
             default, self.default = self.default, ""
             try:
-                with self.noting_ctrl_c():
-                    text = self.session.prompt(default=default, pre_run=self.leave_if_noted)
+                text = self.session.prompt(default=default, pre_run=self.leave_if_noted)
+                if self.is_interrupted or self.is_ended:  # as it ended by itself
+                    raise EOFError if self.is_ended else KeyboardInterrupt
             except KeyboardInterrupt:
+                self.is_interrupted = False
                 if self.session.default_buffer.text:
                     continue
                 raise
@@ -186,31 +186,11 @@ class Lines:
             return unquoted(text)
         raise EOFError
 
-    @contextmanager
-    def noting_ctrl_c(self) -> Iterator[None]:
-        """Within it Ctrl-C waits for the prompt to listen, as `end` does.
-
-        It would break prompt_toolkit's loop while that is made or closed.
-        """
-        self.is_reading, self.is_interrupted = True, False
-        is_main = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGINT, self.note_ctrl_c) if is_main else None
-        try:
-            yield
-        finally:
-            self.is_reading = False
-            if is_main:
-                signal.signal(signal.SIGINT, before)
-        if self.is_ended:
-            raise EOFError
-        if self.is_interrupted:
-            raise KeyboardInterrupt
-
-    def note_ctrl_c(self, *_) -> None:
+    def note_ctrl_c(self) -> None:
         self.is_interrupted = True
 
     def leave_if_noted(self) -> None:
-        """Leave a prompt that has just begun, for what struck before it could listen."""
+        """Leave a prompt that has just begun, for a signal that struck before it could listen."""
         if self.is_ended or self.is_interrupted:
             get_app().exit(exception=EOFError if self.is_ended else KeyboardInterrupt)
 
@@ -222,14 +202,14 @@ class Lines:
                 termios.tcsetattr(sys.stdin, termios.TCSANOW, modes)
 
     def end(self) -> bool:
-        """End the reading from a signal's handler or another thread; say whether there was any."""
+        """End the reading, from a signal's handler or another thread; say whether there is any."""
         self.is_ended, app = True, get_app_or_none()
 
         def leave() -> None:
             if app.is_running and not app.is_done:
                 app.exit(exception=EOFError)
 
-        if app is not None and app.is_running:
-            app.loop.call_soon_threadsafe(leave)
-            return True
-        return self.is_reading
+        if app is None or not app.is_running:
+            return False
+        app.loop.call_soon_threadsafe(leave)
+        return True

@@ -3,11 +3,12 @@
 Nothing typed ends it but what leaves, and nothing typed is lost: loading the model took minutes.
 """
 
+import math
 import os
 import signal
 import sys
+import time
 import traceback
-from contextlib import suppress
 from pathlib import Path
 
 from mlx_dsv3.conversation.messages import clean
@@ -20,6 +21,9 @@ from mlx_dsv3.terminal.showing import taken_up
 from mlx_dsv3.terminal.trace import Trace
 
 HINT_AT_CTRL_C = "(/exit or Ctrl-D leaves)"
+USUAL = {signal.SIGINT: signal.default_int_handler}
+USUAL |= {signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+AGAIN_S = 0.5  # within it another Ctrl-C belongs to the first, and would strike where that is told
 
 
 class Chat:
@@ -112,34 +116,44 @@ def told(error: Exception) -> UserError:
     )
 
 
-class EndedBySignal:
-    """Around the chat: SIGTERM and SIGHUP stop a reply as Ctrl-C does, and then all of it.
+class Signals:
+    """Around the chat: Ctrl-C stops a reply, SIGTERM and SIGHUP a reply and then all of it.
 
-    When the chat is kept, the process ends as the system would have ended it. A second signal does
-    that at once.
+    They strike within an answer alone. Elsewhere one would end the chat, or break the prompt while
+    that is made: there it is noted, and the next prompt listens. When the chat is kept, the process
+    ends as the system would have ended it; a second SIGTERM does that at once.
     """
 
     def __init__(self, lines):
-        self.lines, self.number, self.numbers = lines, None, ()
+        self.lines, self.number, self.before = lines, None, {}
+        self.is_answering, self.struck_at = False, -math.inf
 
-    def __enter__(self) -> None:
-        both = (signal.SIGTERM, signal.SIGHUP)
-        self.numbers = [n for n in both if signal.getsignal(n) is signal.SIG_DFL]  # nohup's is not
-        for number in self.numbers:
-            signal.signal(number, self.stop)
+    def __enter__(self) -> "Signals":
+        for number, usual in USUAL.items():
+            if signal.getsignal(number) is usual:  # nohup's is not
+                self.before[number] = signal.signal(number, self.strike)
+        return self
 
-    def stop(self, number: int, frame) -> None:
+    def strike(self, number: int, frame) -> None:
+        if number != signal.SIGINT:
+            self.end(number)
+        now = time.monotonic()
+        if self.is_answering and now > self.struck_at + AGAIN_S:
+            self.struck_at = now
+            raise KeyboardInterrupt
+        self.lines.is_interrupted |= number == signal.SIGINT
+
+    def end(self, number: int) -> None:
         self.number = number
         signal.signal(number, signal.SIG_DFL)
         if number == signal.SIGHUP:  # the terminal has gone, and would refuse every word
             discard(sys.stdout)
             discard(sys.stderr)
-        if not self.lines.end():
-            raise KeyboardInterrupt
+        self.lines.end()
 
     def __exit__(self, *_) -> None:
-        for number in self.numbers:
-            signal.signal(number, signal.SIG_DFL)
+        for number, before in self.before.items():
+            signal.signal(number, before)
         if self.number is not None:
             os.kill(os.getpid(), self.number)
 
@@ -159,22 +173,23 @@ def repl(chat: Chat, lines=None, first: str = "") -> None:
     if chat.session.conversation.messages:
         print(taken_up(chat.session), file=sys.stderr)
     ahead = [first] if first else []
-    with EndedBySignal(lines):
+    with Signals(lines) as signals:
         try:
-            with suppress(KeyboardInterrupt):  # one more, while the first is told
-                answer_lines(chat, ahead)
-            answer_lines(chat, ahead)
+            answer_lines(chat, ahead, signals)
         finally:
             chat.keep()
 
 
-def answer_lines(chat: Chat, ahead: list[str]) -> None:
+def answer_lines(chat: Chat, ahead: list[str], signals: Signals) -> None:
     """Answer lines, first those that are there already, until one leaves."""
     while not chat.lines.is_ended:
         try:
             if line := ahead.pop() if ahead else chat.lines.read():
+                signals.is_answering = True
                 answer_line(chat, line)
+                signals.is_answering = False
         except KeyboardInterrupt:
+            signals.is_answering = False
             chat.session.conversation.drop_unanswered()
             print(HINT_AT_CTRL_C, file=sys.stderr)
         except (EOFError, Leave):

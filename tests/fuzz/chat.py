@@ -187,9 +187,7 @@ class Day:
             self.said += "r"
             terminal.type(f"{self.said} Tell me something long.{ENTER}")
             row = terminal.display.cursor_row
-            self.wait(
-                lambda: terminal.display.cursor_row > row + 1, "no reply"
-            )
+            self.wait(lambda: terminal.display.cursor_row > row + 1, "no reply")
         if way in ("/exit", "Ctrl-D"):
             if is_replying and not self.to_prompt():
                 raise Find("Ctrl-C in a reply ended the chat")
