@@ -64,7 +64,7 @@ class FirstPrompt(LoadBar):
         if not self.is_quiet:
             print("/help lists commands", file=sys.stderr)
         self.typed = Lines(Kept(), choices)
-        self.app, self.typed.modes = self.typed.session.app, termios.tcgetattr(sys.stdin)
+        self.typed.modes = termios.tcgetattr(sys.stdin)
         atexit.register(self.typed.restore_modes)
         termios.tcsetattr(sys.stdin, termios.TCSANOW, between_prompts(self.typed.modes))
         ends = [n for n in ENDS if signal.getsignal(n) is not signal.SIG_IGN]
@@ -90,6 +90,10 @@ class FirstPrompt(LoadBar):
         self.erase()
         if kind is None and self.error is not None:
             raise self.error
+
+    @property
+    def app(self):
+        return self.typed.session.app
 
     def progress(self, done: int, total: int) -> None:
         self.take(done, total)

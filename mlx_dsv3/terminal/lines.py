@@ -13,6 +13,7 @@ import tempfile
 import termios
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import get_app, get_app_or_none, run_in_terminal
@@ -143,7 +144,8 @@ class Lines:
         self.kept, self.default, self.is_ended = kept, "", False
         self.is_interrupted = False  # by a Ctrl-C that nobody has listened to yet
         self.modes: list | None = None  # of the terminal, which the next line gives back
-        self.session = PromptSession(
+        self.begin = partial(
+            PromptSession,
             PROMPT,
             history=History(kept.history() if kept else []),
             completer=Words(choices),
@@ -156,6 +158,7 @@ class Lines:
             input=input,
             output=output or own_output(),
         )
+        self.session = self.begin()
 
     def read(self, toolbar: Callable[[], str] | None = None) -> str:
         """Return the next message or command.
@@ -163,19 +166,21 @@ class Lines:
         Raises `EOFError` after Ctrl-D or `end`, `KeyboardInterrupt` after Ctrl-C with nothing
         typed; else it discards what was. `toolbar` gives a line to show below meanwhile.
         """
-        self.session.bottom_toolbar = toolbar
-        self.session.refresh_interval = 0.2 if toolbar else 0
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         while not self.is_ended:
             default, self.default = self.default, ""
+            self.session.bottom_toolbar = toolbar
+            self.session.refresh_interval = 0.2 if toolbar else 0
             try:
                 text = self.session.prompt(default=default, pre_run=self.leave_if_noted)
                 if self.is_interrupted or self.is_ended:  # as it ended by itself
                     raise EOFError if self.is_ended else KeyboardInterrupt
             except KeyboardInterrupt:
+                # A new one: this may have half a key or an open search left.
+                text, self.session = self.session.default_buffer.text, self.begin()
                 self.is_interrupted = False
-                if self.session.default_buffer.text:
+                if text:
                     continue
                 raise
             finally:
