@@ -109,7 +109,7 @@ class Conversation:
             raise UserError("there is no question yet", "type one")
         if not 1 <= number <= len(places):
             raise UserError(
-                f"there is no question {number}; there are {len(places)}",
+                f"there is no question {number}; the chat has {len(places)}",
                 "`/show messages` numbers them",
             )
         del self.messages[places[number - 1] + 1 :]

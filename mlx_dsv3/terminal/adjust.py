@@ -96,20 +96,22 @@ ADJUSTABLE |= {
 ADJUSTABLE |= {key.replace("_", "-"): switch_of(key) for key in ("markdown", "hide_thinking")}
 
 
-def change(chat, name: str, text: str) -> None:
-    """Change one of them; refuse a name that is none."""
+def find(name: str) -> Adjustable:
+    """Return one of them, or refuse with the one that was probably meant."""
     if name not in ADJUSTABLE:
         meant = nearest(name, ADJUSTABLE)
         hint = f"did you mean `/set {meant}`?" if meant else "`/set` lists the settings"
         raise UserError(f"there is no setting `{name}`", hint)
-    if not text and name != "system":
-        raise UserError(f"`/set {name}` lacks a value; it is `{shown(chat, name)}`", "give one")
-    ADJUSTABLE[name].change(chat, name, text)
+    return ADJUSTABLE[name]
+
+
+def change(chat, name: str, text: str) -> None:
+    find(name).change(chat, name, text)
 
 
 def shown(chat, name: str) -> str:
     """Return what one of them is now."""
-    value = ADJUSTABLE[name].now(chat)
+    value = find(name).now(chat)
     if value is None:
         return "up to the model" if name == "think" else "none"
     return ON_OFF[value] if isinstance(value, bool) else str(value)

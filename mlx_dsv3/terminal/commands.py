@@ -34,7 +34,7 @@ from mlx_dsv3.terminal.showing import (
 )
 
 KEYS = """\
-  \"""                       begins and ends a message of several lines
+  \"""                        begins and ends a message of several lines
   //TEXT                     sends a message that begins with a slash
   Enter, Alt-Enter           sends; begins a new line
   Tab, Ctrl-R, Ctrl-G        completes; searches past lines; opens an editor
@@ -47,7 +47,7 @@ class Leave(Exception):
 
 
 def show_help(chat, text: str) -> None:
-    """Show all commands, or one."""
+    """Show all commands, or one of them."""
     if text:
         command = find(text if text.startswith("/") else f"/{text}")
         say(f"  {command.usage}\n  {command.help}")
@@ -77,11 +77,14 @@ def system(chat, text: str) -> None:
 
 
 def set_value(chat, text: str) -> None:
+    """Show settings, or change one; ollama's `/set parameter top_k 20` is understood too."""
     name, _, value = text.removeprefix("parameter ").strip().partition(" ")
+    name = name.replace("_", "-")
     if not name:
         say("\n".join(settings_lines(chat)))
         return
-    change(chat, name, value.strip())
+    if value.strip():
+        change(chat, name, value.strip())
     say(f"({name} is {shown(chat, name)})")
 
 
@@ -126,7 +129,7 @@ def save_chat(chat, text: str) -> None:
     name, with_cache = re.subn(r"\s*(?:^|(?<=\s))--with-cache(?=\s|$)\s*", "", text)
     path = file_of(name, "/save FILE")
     save(chat.session, path, with_cache=bool(with_cache), model=chat.model)
-    say(f"(saved to {path})")
+    say(f"(saved to {path}{', with its cache' * bool(with_cache)})")
 
 
 def load_chat(chat, text: str) -> None:
@@ -203,27 +206,29 @@ def of(run: Callable, usage: str, help: str, words=()) -> tuple[str, Command]:
 
 COMMANDS: dict[str, Command] = dict(
     (
-        of(show_help, "/help [COMMAND]", "show these", lambda text: names("/")),
+        of(show_help, "/help [COMMAND]", "list the commands, or show one", lambda text: names("/")),
         of(leave, "/exit", "leave (Ctrl-D does too); the chat is kept"),
         of(leave, "/bye", "leave"),
         of(clear, "/clear", "begin a new conversation; the system prompt stays"),
         of(system, "/system [TEXT]", "change the system prompt; without TEXT remove it"),
-        of(set_value, "/set [NAME VALUE]", "list the settings, or change one", settings),
+        of(set_value, "/set [NAME [VALUE]]", "list the settings, show one, or change it", settings),
         of(show, "/show [PART]", f"show {', '.join(PARTS[:-1])} or {PARTS[-1]}", PARTS),
-        of(think, "/think on|off", "let the model think first, where it can", ON_OFF),
+        of(think, "/think [on|off]", "let the model think first, where it can", ON_OFF),
         of(regenerate, "/regen", "answer the last question again"),
-        of(undo, "/undo", "take back the last question"),
+        of(undo, "/undo", "take back the last question and its reply"),
         of(retry, "/retry N", "answer question N again and forget what followed"),
         of(read_file, "/read FILE [QUESTION]", "send a text file with a message", files),
-        of(save_chat, "/save FILE [--with-cache]", "save the chat, and what was computed", files),
+        of(
+            save_chat, "/save FILE [--with-cache]", "save the chat; a cache makes /load fast", files
+        ),
         of(load_chat, "/load FILE", "go on with a saved chat", files),
-        of(copy_answer, "/copy [code N]", "copy the last answer, or a block of code", ("code",)),
+        of(copy_answer, "/copy [code N]", "copy the last answer, or its code block N", ("code",)),
         of(show_stats, "/stats", "show what the last reply took, in full"),
         of(show_context, "/context", "show what fills the context"),
         of(show_plan, "/plan", "show the memory plan"),
-        of(drafts, "/drafts auto|N", "draft N tokens at each step", DRAFTS),
-        of(trace, "/trace FILE|off", "write the experts chosen by each token", files),
-        of(edit, "/editor", "write the next message in an editor"),
+        of(drafts, "/drafts [auto|N]", "draft N tokens at each step, 0 to 4", DRAFTS),
+        of(trace, "/trace FILE|off", "write which experts each token chooses", files),
+        of(edit, "/editor [TEXT]", "write the next message in an editor"),
     )
 )
 ALIASES = {"/?": "/help", "/quit": "/exit"}
@@ -243,7 +248,13 @@ def find(name: str) -> Command:
 def run_command(chat, line: str) -> None:
     """Run a line that begins with a slash; what is no command is told, and never sent."""
     name, *rest = line.split(None, 1)
-    find(name).run(chat, rest[0].strip() if rest else "")
+    command, text = find(name), rest[0].strip() if rest else ""
+    if text and " " not in command.usage:  # a message on `/clear` would clear the chat
+        raise UserError(
+            f"`{command.usage}` takes nothing after it, and `{brief(text)}` follows",
+            "leave that out; `//` in place of `/` sends it as a message",
+        )
+    command.run(chat, text)
 
 
 def choices(text: str) -> list[str]:

@@ -43,7 +43,8 @@ def file_of(text: str, usage: str) -> Path:
 
 def number_of(text: str, usage: str) -> int:
     if not text.isdecimal() or len(text) > 9:
-        raise UserError(f"`{usage}` takes a number, not `{text}`", "`/show messages` numbers them")
+        fault = f"takes a number, not `{text}`" if text else "lacks a number"
+        raise UserError(f"`{usage}` {fault}", f"`{usage.replace('N', '1')}` takes the first")
     return int(text)
 
 

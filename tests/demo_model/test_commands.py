@@ -71,7 +71,10 @@ def test_help_names_every_command_and_every_command_can_be_asked(say):
         ("/set temp hot", "`/set temp` is `hot`; it takes a number from 0 to 1000"),
         ("/set temp 5000", "hint: `/set temp 0` is greedy, `/set temp 0.6` is usual for R1"),
         ("/set max-tokens 0", "hint: `/set max-tokens off` for no limit"),
-        ("/set temp", "`/set temp` lacks a value; it is `0.0`"),
+        ("/set temp", "(temp is 0.0)"),
+        ("/set system", "(system is none)"),
+        ("/set parameter top_k many", "`/set top-k` is `many`"),
+        ("/clear is a command", "`/clear` takes nothing after it, and `is a command` follows"),
         ("/set stats all", "`/set stats` is `all`\n\nhint: choose line, json or off"),
         ("/set markdown maybe", "hint: choose off or on"),
         ("/set drafts 9", "`/drafts` is `9`"),
@@ -81,7 +84,7 @@ def test_help_names_every_command_and_every_command_can_be_asked(say):
         ("/show all", "there is no `/show all`"),
         ("/regen", "there is no question yet"),
         ("/undo", "there is no question to take back"),
-        ("/retry", "`/retry N` takes a number, not ``"),
+        ("/retry", "`/retry N` lacks a number\n\nhint: `/retry 1` takes the first"),
         ("/retry ٣", "there is no question yet"),
         ("/retry 1", "there is no question yet"),
         ("/retry " + "9" * 5000, "takes a number"),
@@ -123,7 +126,7 @@ def test_a_whole_conversation(chat, say):
     assert out == first and "at temperature 0 the reply will be the same" in err
     say(ITALY)
     assert say("/retry 1")[0] == first and len(messages(chat)) == 2
-    assert "there is no question 2; there are 1" in say("/retry 2")[1]
+    assert "there is no question 2; the chat has 1" in say("/retry 2")[1]
     assert "reply" in say("/stats")[1] and "questions" in say("/context")[1]
     assert "<" in say("/show prompt")[1] and "demo" in say("/show model")[1]
     assert "experts" in say("/plan")[1]
@@ -189,7 +192,8 @@ def test_a_file_goes_with_a_message(chat, say, home):
 def test_a_saved_chat_goes_on_elsewhere(chat, say, home, loaded, option):
     """With its cache nothing is computed again."""
     say("/set seed 5"), say("/system Be brief."), say(QUESTION)
-    assert say(f"/save ~/chat.json{option}")[1] == f"(saved to {home}/chat.json)\n"
+    told = f"(saved to {home}/chat.json{', with its cache' * bool(option)})\n"
+    assert say(f"/save ~/chat.json{option}")[1] == told
     assert stat.S_IMODE((home / "chat.json").stat().st_mode) == 0o600
     expected = say(ITALY)[0]
     say("/clear"), say("/system"), say("/set seed 0"), say("Hello")

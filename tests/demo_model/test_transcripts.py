@@ -83,7 +83,7 @@ def test_a_day_at_the_terminal(open_terminal, tmp_path):
     said = ask("/regen")
     assert said.startswith("(at temperature 0 the reply will be the same") and MADRID in said
     assert answer(ask("/retry 2")) == TOKYO
-    refused(ask("/retry 9"), "there is no question 9; there are 2")
+    refused(ask("/retry 9"), "there is no question 9; the chat has 2")
 
     # Mistakes: nothing of them reaches the model.
     refused(ask("/regenn"), "unknown command `/regenn`", "did you mean `/regen`?")
@@ -99,7 +99,7 @@ def test_a_day_at_the_terminal(open_terminal, tmp_path):
     assert ask("/set seed 7") == "(seed is 7)"
     assert ask("/system You are brief.") == "(the system prompt counts from the next reply on)"
     assert ask("/set") == SETTINGS
-    assert ask("/save talk.json --with-cache") == "(saved to talk.json)"
+    assert ask("/save talk.json --with-cache") == "(saved to talk.json, with its cache)"
     assert ask("/clear") == "(cleared)" and ask("/show") == "system: You are brief."
     assert ask("/load talk.json") == "(2 questions; `/show` shows the conversation)"
     assert f"2 user: And of Japan?\nassistant: {TOKYO}" in ask("/show messages")
