@@ -78,7 +78,8 @@ class LoadBar(Bar):
         if not self.done:
             return "loading"
         speed = self.done / self.took_s / GB
-        return f"loading {self.done / GB:.1f} of {gigabytes(self.total)}, {speed:.1f} GB/s"
+        done = gigabytes(self.done).removesuffix(" GB")
+        return f"loading {done} of {gigabytes(self.total)}, {speed:.1f} GB/s"
 
     def show(self) -> None:
         self.draw(self.done / max(self.total, 1), self.words())
