@@ -7,11 +7,13 @@ was sent before waits for it. Nothing is kept yet, so that leaving is the end of
 
 import atexit
 import io
+import math
 import os
 import signal
 import sys
 import termios
 import threading
+import time
 from contextlib import redirect_stderr, suppress
 
 from prompt_toolkit.enums import DEFAULT_BUFFER
@@ -29,6 +31,7 @@ ANSWERED = {"/help", "/?", "/exit", "/bye", "/quit"}  # without a model
 AS_BEFORE = b"\x1b[?2004l\x1b[?25h\n\x1b[J"  # no marked pastes, a cursor, nothing below
 LOCAL, SPECIAL = 3, 6  # where `tcgetattr` has the local modes and the special characters
 SHOWN_WITHIN_S = 1.0
+GONE_WITHIN_S = 0.3  # an editor may be open
 AGAIN_S = 0.02
 
 
@@ -145,6 +148,8 @@ class FirstPrompt(LoadBar):
 
     def leave_by_signal(self, number: int, frame) -> None:
         """Give the terminal back, and end as the signal would."""
+        self.is_over = True
+        self.end_prompt(GONE_WITHIN_S)  # or it would be drawn once more
         self.typed.restore_modes()
         os.write(self.app.output.fileno(), AS_BEFORE)
         if number == signal.SIGINT:
@@ -152,9 +157,10 @@ class FirstPrompt(LoadBar):
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
-    def end_prompt(self) -> None:
+    def end_prompt(self, within_s: float = math.inf) -> None:
         """Wait until the prompt lets go."""
-        while self.thread.is_alive():
+        deadline = time.monotonic() + within_s
+        while self.thread.is_alive() and time.monotonic() < deadline:
             if self.app.is_running:
                 with suppress(RuntimeError):  # its loop has just ended
                     self.app.loop.call_soon_threadsafe(self.hand_over)
