@@ -22,10 +22,22 @@ def stats(drafted=0, accepted=0, experts=None, **values) -> Stats:
 
 
 def test_durations():
-    seconds = (0, 0.0514, 1.26, 9.94, 9.96, 59.7, 599, 599.6, 7250)
+    seconds = (0, 0.0514, 0.0999, 1.26, 1.999, 9.94, 9.96, 59.7, 599, 599.6, 7250)
     words = [duration(s) for s in seconds]
     assert words == [
-        *("0.001 s", "0.051 s", "1.3 s", "9.9 s", "10 s", "60 s", "599 s", "10 min", "121 min")
+        *(
+            "0.0010 s",
+            "0.051 s",
+            "0.10 s",
+            "1.3 s",
+            "2.0 s",
+            "9.9 s",
+            "10 s",
+            "60 s",
+            "599 s",
+            "10 min",
+            "121 min",
+        )
     ]
 
 
@@ -68,7 +80,7 @@ def test_stats_are_drawn(monkeypatch):
         monkeypatch.setattr("sys.stderr", stream)
         lines = lines_of(stats(100, 50), layers)
         rows = {" ".join(line[:13].split()): line[13:] for line in lines}
-        assert rows["accepted 0"] == rows["accepted 1"] == half * 2 + "      50"
+        assert rows["accepted 0"] == rows["accepted 1"] == half * 2 + "      50 steps"
         assert rows["layer 3"].startswith(f"{half}{half[:6]}       75% hits, 12 slots")
         assert rows["layer 4"].startswith(f"{'':<24} 0% hits")
         assert all(len(line) <= 100 for line in lines)
@@ -83,7 +95,7 @@ def test_context_is_drawn(monkeypatch):
     parts = [("system", 75), ("questions", 0), ("answers", 25)]
     session = SimpleNamespace(context=lambda: parts, loaded=loaded)
     assert [line.replace(" ", "") for line in context_lines(session)] == [
-        "context██████100of400",
+        "context██████100of400tokens",
         f"system{'█' * 18}75",
         "questions0",
         f"answers{'█' * 6}25",
@@ -91,4 +103,4 @@ def test_context_is_drawn(monkeypatch):
     for count, drawn in ((0, ""), (1, "▏")):
         session.context = lambda count=count: [("system", count)]
         line = context_lines(session)[0]
-        assert line.replace(" ", "") == f"context{drawn}{count}of400"
+        assert line.replace(" ", "") == f"context{drawn}{count}of400tokens"

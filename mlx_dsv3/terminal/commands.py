@@ -218,9 +218,7 @@ COMMANDS: dict[str, Command] = dict(
         of(undo, "/undo", "take back the last question and its reply"),
         of(retry, "/retry N", "answer question N again and forget what followed"),
         of(read_file, "/read FILE [QUESTION]", "send a text file with a message", files),
-        of(
-            save_chat, "/save FILE [--with-cache]", "save the chat; a cache makes /load fast", files
-        ),
+        of(save_chat, "/save FILE [--with-cache]", "save the chat; a cache speeds /load", files),
         of(load_chat, "/load FILE", "go on with a saved chat", files),
         of(copy_answer, "/copy [code N]", "copy the last answer, or its code block N", ("code",)),
         of(show_stats, "/stats", "show what the last reply took, in full"),

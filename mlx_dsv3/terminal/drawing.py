@@ -1,7 +1,7 @@
 """What a stream can show: text with attributes, and bars. Knows no reply.
 
-A file, a pipe, `TERM=dumb` and `NO_COLOR` get no control code at all; a bar is of ASCII where the
-encoding has no blocks.
+A file, a pipe and `TERM=dumb` get no control code at all, and `NO_COLOR` no attribute: bars it does
+not forbid. A bar is of ASCII where the encoding has no blocks.
 """
 
 import os
@@ -11,10 +11,14 @@ RESET, DIM = "\x1b[0m", "\x1b[2m"
 BLOCKS = " ▏▎▍▌▋▊▉█"
 
 
+def is_redrawn(stream) -> bool:
+    """Say whether a stream is a terminal whose line can be drawn anew."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
 def takes_attributes(stream) -> bool:
-    """Say whether a stream is a terminal that may be sent control codes."""
-    is_plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return stream.isatty() and not is_plain
+    """Say whether a stream may be sent colours, bold and dim."""
+    return is_redrawn(stream) and not os.environ.get("NO_COLOR")
 
 
 def dim(text: str, stream) -> str:
@@ -44,5 +48,5 @@ def bar(share: float, width: int) -> str:
 def duration(seconds: float) -> str:
     """Return seconds for people: two digits at least, minutes from ten on."""
     if seconds < 9.95:
-        return f"{max(seconds, 0.001):.2g} s"
+        return f"{max(seconds, 0.001):#.2g} s"
     return f"{seconds:.0f} s" if seconds < 599.5 else f"{seconds / 60:.0f} min"

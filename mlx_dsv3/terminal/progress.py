@@ -10,7 +10,7 @@ import time
 
 from mlx_dsv3.generate import Prefill
 from mlx_dsv3.sizes import GB, gigabytes
-from mlx_dsv3.terminal.drawing import bar, duration, takes_attributes
+from mlx_dsv3.terminal.drawing import bar, duration, is_redrawn
 
 WIDTH = 24  # columns of a bar
 PATIENCE_S = 0.5  # what is done within it needs no bar
@@ -35,7 +35,7 @@ class Bar:
 
     def draw(self, share: float, words: str) -> None:
         now = time.perf_counter()
-        if now < self.drawn_at + PAUSE_S or not takes_attributes(sys.stderr):
+        if now < self.drawn_at + PAUSE_S or not is_redrawn(sys.stderr):
             return
         line = f"{bar(share, WIDTH)} {words}"[: shutil.get_terminal_size().columns - 1]
         self.drawn_at, self.is_drawn = now, True  # before a Ctrl-C that strikes in `print`

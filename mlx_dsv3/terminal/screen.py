@@ -11,7 +11,14 @@ import time
 from mlx_dsv3.conversation.session import End, Event, Text
 from mlx_dsv3.errors import visible
 from mlx_dsv3.generate import Prefill
-from mlx_dsv3.terminal.drawing import RESET, can_show, dim, duration, takes_attributes
+from mlx_dsv3.terminal.drawing import (
+    RESET,
+    can_show,
+    dim,
+    duration,
+    is_redrawn,
+    takes_attributes,
+)
 from mlx_dsv3.terminal.markdown import Markdown
 from mlx_dsv3.terminal.progress import PromptBar
 from mlx_dsv3.terminal.statistics import reply_values, stats_values, stats_words
@@ -94,7 +101,7 @@ class Screen:
             self.thought_end = text[-1:] or self.thought_end
         elif seconds != self.thought_s:
             words = "thinking … " if can_show("…", stream) else "thinking ... "
-            if takes_attributes(stream):
+            if is_redrawn(stream):
                 words = "\r" + dim(f"{words}{seconds} s", stream)
             elif self.thought_s is not None:
                 words = ""
@@ -108,7 +115,7 @@ class Screen:
         stream, self.thought_s, self.is_inside_line = self.beside, None, False
         words = f"thought for {duration(time.perf_counter() - self.began)}"
         if self.hide_thinking:
-            before = "\r\x1b[K" if takes_attributes(stream) else ""
+            before = "\r\x1b[K" if is_redrawn(stream) else ""
         else:
             before = "" if self.thought_end == "\n" else "\n"
         print(f"{before}{dim(words, stream)}", file=stream, flush=True)

@@ -105,7 +105,7 @@ def drafts_lines(drafts: DraftStats) -> list[str]:
     for what, counts in (("made", drafts.steps), ("accepted", drafts.lengths)):
         most = max((i for i, count in enumerate(counts) if count), default=-1)
         for i, count in enumerate(counts[: most + 1]):
-            lines.append(f"{f'{what} {i}':<12} {bar(count / max(counts), WIDTH)} {count:>7,}")
+            lines.append(f"{f'{what} {i}':<12} {bar(count / max(counts), WIDTH)} {count:>7,} steps")
     return lines
 
 
@@ -126,7 +126,7 @@ def context_lines(session: Session) -> list[str]:
     """Return the lines of `/context`: how full it is, and of what."""
     parts, limit = session.context(), context_limit(session.loaded)
     used = sum(count for _, count in parts)
-    lines = [f"{'context':<12} {bar(used / limit, WIDTH)} {used:>7,} of {limit:,}"]
+    lines = [f"{'context':<12} {bar(used / limit, WIDTH)} {used:>7,} of {limit:,} tokens"]
     for what, count in parts:
         lines.append(f"{what:<12} {bar(count / max(used, 1), WIDTH)} {count:>7,}")
     return lines
