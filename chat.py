@@ -14,7 +14,6 @@ from pathlib import Path
 from mlx_dsv3.errors import (
     INTERRUPTED,
     UserError,
-    check_writable,
     imports,
     nothing_to_keep,
     run_program,
@@ -24,6 +23,7 @@ with imports(__name__):
     from mlx_dsv3.conversation.settings import DEFAULTS, chat_settings
     from mlx_dsv3.decoding.draft_control import fixed_drafts
     from mlx_dsv3.options import Parser, first_line, number
+    from mlx_dsv3.terminal.trace import check_trace
 
 DEMO = Path("build/demo-q4")
 
@@ -100,7 +100,7 @@ def find_model(options: argparse.Namespace):
     folder = open_model(model, with_mtp=options.drafts != "0")
     fixed_drafts(options.drafts, has_mtp=bool(folder.sidecar))
     if options.trace is not None:
-        check_writable(Path(options.trace))
+        check_trace(Path(options.trace))
     return folder
 
 

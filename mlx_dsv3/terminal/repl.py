@@ -18,7 +18,7 @@ from mlx_dsv3.terminal.commands import Leave, choices, run_command
 from mlx_dsv3.terminal.kept import Kept
 from mlx_dsv3.terminal.screen import Screen
 from mlx_dsv3.terminal.showing import taken_up
-from mlx_dsv3.terminal.trace import Trace
+from mlx_dsv3.terminal.trace import Trace, check_trace
 
 HINT_AT_CTRL_C = "(/exit or Ctrl-D leaves)"
 USUAL = {signal.SIGINT: signal.default_int_handler}
@@ -81,6 +81,8 @@ class Chat:
 
     def trace_to(self, path: Path | None) -> None:
         """Write the experts chosen to a file, or to none."""
+        if path is not None:
+            check_trace(path)
         if self.trace is not None:
             self.trace.close()
         self.trace = None

@@ -10,12 +10,21 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from mlx_dsv3.errors import visible
+from mlx_dsv3.errors import UserError, check_writable, visible
 
 
 def open_now(path: str, flags: int) -> int:
     """Open a file, or a pipe that somebody reads; another one would wait for ever."""
     return os.open(path, flags | os.O_NONBLOCK, 0o666)
+
+
+def check_trace(path: Path) -> None:
+    """Refuse, before minutes of loading, what takes no writing or holds something else."""
+    check_writable(path)
+    if path.is_file():
+        with open(path, "rb") as file:
+            if file.read(1) not in (b"", b"["):
+                raise UserError(f"`{path}` exists and is not a trace", "choose another name")
 
 
 class Trace:

@@ -343,3 +343,7 @@ def test_the_experts_chosen_are_traced(chat, say, home):
     assert (home / "my trace").stat().st_size == size
     assert {json.loads(line)[0] for line in lines} >= {1, 2, 3}
     assert json.loads(lines[0])[1][0]
+    (home / "notes").write_text("mine")
+    assert "`notes` exists and is not a trace" in say("/trace notes")[1]
+    assert (home / "notes").read_text() == "mine"
+    assert "are traced to my trace" in say("/trace my trace")[1]
