@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from mlx_dsv3.errors import UserError
 
+MOST_WHOLE = 10**100 - 1  # a kept chat is JSON, where longer numbers are refused
+
 
 class Parser(argparse.ArgumentParser):
     """Tells a wrong command line as every other mistake: one sentence and a hint."""
@@ -37,6 +39,8 @@ class Setting:
         if type(value) not in kinds or not self.is_good(value):
             given = value if text is None else text
             raise UserError(f"{where} is `{given}`; it takes {self.words}", self.hint)
+        if self.kind is int and abs(value) > MOST_WHOLE:
+            raise UserError(f"{where} has more than 100 digits", self.hint)
         return value
 
     def parse(self, text: str, where: str) -> float:

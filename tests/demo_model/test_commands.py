@@ -75,6 +75,7 @@ def test_help_names_every_command_and_every_command_can_be_asked(say):
         ("/set system", "(system is none)"),
         ("/set parameter top_k many", "`/set top-k` is `many`"),
         ("/clear is a command", "`/clear` takes nothing after it, and `is a command` follows"),
+        ("/set seed " + "9" * 400, "`/set seed` has more than 100 digits"),
         ("/set stats all", "`/set stats` is `all`\n\nhint: choose line, json or off"),
         ("/set markdown maybe", "hint: choose off or on"),
         ("/set drafts 9", "`/drafts` is `9`"),
