@@ -22,10 +22,11 @@ from mlx_dsv3.errors import (
 with imports(__name__):
     from mlx_dsv3.conversation.settings import DEFAULTS, chat_settings
     from mlx_dsv3.decoding.draft_control import fixed_drafts
-    from mlx_dsv3.options import Parser, first_line, number
+    from mlx_dsv3.options import SETTINGS, Parser, first_line, number
     from mlx_dsv3.terminal.trace import check_trace
 
 DEMO = Path("build/demo-q4")
+EXPERTS, STATS = ("auto", "resident", "streamed"), ("line", "json", "off")
 
 
 def drafts(text: str) -> str:
@@ -37,44 +38,49 @@ def drafts(text: str) -> str:
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="chat.py", description=first_line(__doc__))
     add = parser.add_argument
-    experts, stats = ("auto", "resident", "streamed"), ("line", "json", "off")
     add("model", nargs="?", metavar="MODEL", help=f"MLX folder, or hub id of one; else {DEMO}")
     add("-p", "--prompt", help="answer this and exit; a piped stdin is appended")
     add("-s", "--system", help="system prompt")
-    reply = "longest reply; else the context's end"
-    add("--max-tokens", type=number("max_tokens"), metavar="N", help=reply)
-    add("--temp", type=number("temp"), metavar="X", help="temperature; 0 is greedy")
-    top_p, top_k = "keep the likeliest that make X; 1 is all", "keep the N likeliest; 0 is all"
-    min_p = "keep those of X times the likeliest; 0 is all"
-    add("--top-p", type=number("top_p"), metavar="X", help=top_p)
-    add("--top-k", type=number("top_k"), metavar="N", help=top_k)
-    add("--min-p", type=number("min_p"), metavar="X", help=min_p)
-    penalty = number("repetition_penalty")
-    add("--repetition-penalty", type=penalty, metavar="X", help="1 is none")
-    add("--seed", type=number("seed"), metavar="N", help="same seed, same reply; else 0")
-    names = "|".join(experts)
-    add("--experts", choices=experts, default="auto", metavar=names, help="see --plan")
-    add("--expert-memory", type=number("expert_memory"), metavar="GB", help="for routed experts")
-    add(
-        "--context",
-        type=number("context"),
-        metavar="N",
-        help="plan memory for N tokens; else 32,768, or what fits",
-    )
+    add_sampling(add)
+    memory = "memory for routed experts; else what fits"
+    add_choice(add, "--experts", EXPERTS, "routed experts in memory, or read from disk", "auto")
+    add("--expert-memory", type=number("expert_memory"), metavar="GB", help=memory)
+    context = "plan memory for N tokens; else 32,768, or what fits"
+    add("--context", type=number("context"), metavar="N", help=context)
     add("--plan", action="store_true", help="print the memory plan and exit")
-    add("--drafts", type=drafts, default="auto", metavar="auto|N", help="MTP drafts, 0 to 4")
-    add("--trace", metavar="FILE", help="write the experts chosen by each token")
-    names, figures = "|".join(stats), "figures of a reply, on stderr; off with --json"
-    add("--stats", choices=stats, metavar=names, help=figures)
+    tokens = "tokens to draft by MTP at each step, 0 to 4"
+    add("--drafts", type=drafts, default="auto", metavar="auto|N", help=tokens)
+    add("--trace", metavar="FILE", help="write which experts each token chooses")
+    add_choice(add, "--stats", STATS, "figures of a reply, on stderr; off with --json")
     add("--json", action="store_true", help="print each reply as one JSON object")
-    add("--raw", action="store_true", help="print what the model writes, without Markdown's looks")
-    add("--think", choices=("on", "off"), metavar="on|off", help="think first, where a model can")
+    add("--raw", action="store_true", help="print replies without colour, bold or dim")
+    add_choice(add, "--think", ("on", "off"), "think first, where a model can")
     add("--hide-thinking", action="store_true", help="show how long it thought, not what")
     last = "take up the last chat, of MODEL if given"
-    add("--continue", action="store_true", dest="resume", help=last)
-    add("--trust-remote-code", action="store_true", help="run tokenizer code")
+    add("-c", "--continue", action="store_true", dest="resume", help=last)
+    add("--trust-remote-code", action="store_true", help="run MODEL's tokenizer where it is code")
     add("--version", action="version", version=package_version())
     return parser
+
+
+def add_choice(add, name: str, choices: tuple[str, ...], help: str, default=None) -> None:
+    add(name, choices=choices, metavar="|".join(choices), help=help, default=default)
+
+
+def add_sampling(add) -> None:
+    """Add what `/set` can change too."""
+    texts = {
+        "max_tokens": "longest reply; else the context's end",
+        "temp": "temperature, 0 is greedy; else as MODEL says",
+        "top_p": "keep the likeliest that make X; 1 is all",
+        "top_k": "keep the N likeliest; 0 is all",
+        "min_p": "keep those at least X times as likely as the likeliest; 0 is all",
+        "repetition_penalty": "1 is none",
+        "seed": "same seed, same reply; else 0",
+    }
+    for name, text in texts.items():
+        letter = "N" if SETTINGS[name].kind is int else "X"
+        add(f"--{name.replace('_', '-')}", type=number(name), metavar=letter, help=text)
 
 
 def package_version() -> str:
@@ -139,6 +145,7 @@ def open_chat(options: argparse.Namespace, loading=None):
     from mlx_dsv3.terminal.start import start_lines
 
     plan, screen = plan_memory(folder, **memory_options(options)), Screen(**screen_options(options))
+    check = partial(check_template, system=options.system, thinking=thinking(options))
     loading = loading or LoadBar()
     loading.is_early = folder.repo is None  # a fetch has bars of its own
     with loading:
@@ -146,15 +153,11 @@ def open_chat(options: argparse.Namespace, loading=None):
             folder,
             plan=plan,
             trust_remote_code=options.trust_remote_code,
-            check_tokenizer=partial(
-                check_template, system=options.system, thinking=thinking(options)
-            ),
+            check_tokenizer=check,
             progress=loading.progress,
         )
         session = open_session(loaded, options, settings, transcript)
         said = start_lines(loaded, options.context)  # measures the disk
-        if transcript is not None:
-            said += [f"({session.conversation.num_questions} questions; `/show` shows them)"]
     if screen.stats == "line":
         print("".join(f"{line}\n" for line in loading.long_load() + said), end="", file=sys.stderr)
     return Chat(session, screen, model=model_name(options.model or DEMO))

@@ -233,7 +233,7 @@ def test_the_command_line_goes_before_a_kept_chat(open_chat, demo_q4, tmp_path, 
     assert (session.settings["temp"], session.settings["seed"]) == (0.5, 8)
     session = open_chat("--continue", "-s", "Be kind.", "--drafts", "2").session
     assert session.conversation.system == "Be kind." and session.drafts == "2"
-    options = chat.make_parser().parse_args(["--continue"])
+    options = chat.make_parser().parse_args(["-c"])
     with chat.open_chat(options).session.loaded as loaded:  # the model is the chat's
         assert loaded.args.vocab_size == talk.session.loaded.args.vocab_size
     assert options.model == talk.model
