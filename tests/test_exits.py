@@ -252,7 +252,7 @@ def test_ctrl_c_while_it_answers(demo, tokens):
         said = child.stdout.read(1 + tokens)
         child.send_signal(signal.SIGINT)
         said += child.stdout.read()
-        assert (child.wait(), child.stderr.read()) == (130, b"\n(stopped)")
+        assert (child.wait(), child.stderr.read()) == (130, b"(stopped)\n")
     assert said.endswith(b"\n") and len(said) > tokens + 1
 
 
