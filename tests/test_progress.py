@@ -5,9 +5,11 @@ import re
 
 import pytest
 
+from mlx_dsv3.conversation.session import Text
 from mlx_dsv3.generate import Prefill
 from mlx_dsv3.terminal import progress
 from mlx_dsv3.terminal.progress import LoadBar, PromptBar
+from mlx_dsv3.terminal.screen import Screen
 
 
 class Stderr(io.StringIO):
@@ -42,7 +44,7 @@ def clock(monkeypatch):
     return now
 
 
-def feed(bar: PromptBar, clock: list[float], seconds: float, total: int = 8000) -> None:
+def feed(bar: PromptBar | Screen, clock: list[float], seconds: float, total: int = 8000) -> None:
     """Show a prompt of 61 layers in chunks of 1000, of which 2000 were held."""
     bar.show(Prefill(2000, 2000, total))
     for done in range(2100, total + 1, 100):
@@ -70,6 +72,14 @@ def test_a_quick_prompt_has_none_and_a_fast_one_few_drawings(to_stderr, clock):
     assert stderr.getvalue() == ""
     feed(bar, clock, 2)  # of the second prompt's own time
     assert 14 <= stderr.getvalue().count("\r") <= 16
+
+
+@pytest.mark.parametrize("then", [lambda screen: screen.show(Text("Hello")), Screen.fail])
+def test_a_bar_is_gone_before_a_word_and_before_an_error(to_stderr, clock, then):
+    stderr, screen = to_stderr(), Screen()
+    feed(screen, clock, 60)
+    then(screen)
+    assert stderr.getvalue().endswith("left\x1b[K\r\x1b[K")
 
 
 @pytest.mark.parametrize("why", ["file", "dumb"])
