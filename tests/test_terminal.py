@@ -4,6 +4,7 @@ import io
 import json
 import random
 import re
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -150,6 +151,15 @@ def test_a_pipe_gets_the_answer_alone(monkeypatch, hide):
     said = ["thought for 12 s", ""] if hide else ["Let me see.", "thought for 12 s"]
     assert out == "*Two*.\n" and drawn(err)[:2] == said
     assert shown(monkeypatch, events, False, False, hide_thinking=hide) == ("*Two*.\n", "")
+
+
+def test_a_reply_that_failed_in_a_thought_leaves_nothing_to_the_next(monkeypatch):
+    monkeypatch.setattr("sys.stdout", Stdout())
+    screen = Screen()
+    screen.show(Text("Let me", True))
+    screen.fail()
+    screen.show(Text("Hello"))
+    assert drawn(sys.stdout.getvalue())[:3] == ["Let me", "Hello", ""]
 
 
 def test_a_stopped_thought_ends_its_line(monkeypatch):
