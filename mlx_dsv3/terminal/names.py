@@ -8,7 +8,8 @@ from mlx_dsv3.errors import UserError
 
 # A word; a file's name may be quoted, or hold spaces after backslashes, as a dropped file's does.
 WORD = re.compile(r"\"([^\"]*)\"|'([^']*)'|((?:\\.|\S)+)")
-LAST = re.compile(r"(?:\\.|\S)*\Z")  # the word before the cursor
+# The word before the cursor. Each character can be taken in one way only, or Tab takes for ever.
+LAST = re.compile(r"(?<!\S)(?:\\.|[^\s\\])*\\?\Z")
 
 
 def first_word(text: str) -> tuple[str, str]:
