@@ -43,22 +43,26 @@ def cache_of(path: str | Path) -> Path:
     return Path(f"{os.path.realpath(path)}.cache.safetensors")
 
 
-def save(session, path: str | Path, with_cache: bool = False, model: str = "") -> None:
-    """Write a session to a file that its owner alone may read, whole or not at all.
-
-    A reply that comes is saved as if it were stopped now. `with_cache` writes, beside the file,
-    what `Session.restore` need not compute again. Another file than a saved chat is never written
-    over.
-    """
-    path = Path(os.path.realpath(path))  # a link stays one
+def text_of(session, model: str = "") -> str:
+    """Return a session as the text of a file; a reply that comes is as if it were stopped now."""
     values = {"format": FORMAT, "model": model, "system": session.conversation.system}
     values |= {"thinking": session.thinking, "settings": session.settings}
     values |= {"drafts": session.drafts, "messages": session.messages}
-    text = json.dumps(values, ensure_ascii=False, indent=1, allow_nan=False)
+    return clean(json.dumps(values, ensure_ascii=False, indent=1, allow_nan=False))
+
+
+def save(session, path: str | Path, with_cache: bool = False, model: str = "") -> None:
+    """Write a session to a file that its owner alone may read, whole or not at all.
+
+    `with_cache` writes, beside the file, what `Session.restore` need not compute again. Another
+    file than a saved chat is never written over.
+    """
+    path = Path(os.path.realpath(path))  # a link stays one
+    text = text_of(session, model)
     try:
         check_target(path)
         with private():
-            write(path, clean(text))
+            write(path, text)
             if with_cache:
                 session.state.save(cache_of(path), session.loaded.model)
     except OSError as error:

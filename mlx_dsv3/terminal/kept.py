@@ -12,7 +12,7 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
-from mlx_dsv3.conversation.transcript import read, save
+from mlx_dsv3.conversation.transcript import read, save, text_of
 from mlx_dsv3.errors import UserError, in_line, unusable
 
 FOLDER = "~/.mlx_dsv3"
@@ -24,7 +24,9 @@ PRIVATE = os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 def private_folder(name: str = "") -> Path:
     """Return a folder that only its user can use, made where it is not there."""
-    home = Path(FOLDER).expanduser()
+    home = Path(os.path.expanduser(FOLDER))
+    if not home.is_absolute():
+        raise UserError(f"there is no folder for `{FOLDER}`", "set HOME to your home folder")
     for folder in dict.fromkeys((home, home / name)):
         folder.mkdir(mode=0o700, exist_ok=True)
         owned(folder, os.lstat(folder))
@@ -99,6 +101,7 @@ class Kept:
     def __init__(self):
         self.told: set[str] = set()
         self.path: Path | None = None  # of this chat, once there is something to keep
+        self.taken_up = ""  # what it was, while it stands in another file
 
     def attempt(self, what: str, step: Callable, *arguments):
         """Return what a step does, None where it cannot; say so the first time."""
@@ -120,7 +123,8 @@ class Kept:
 
     def save(self, session, model: str) -> None:
         """Keep a chat as it stands, from its first message on."""
-        if session.conversation.messages or self.path:
+        is_new = session.conversation.messages and text_of(session, model) != self.taken_up
+        if self.path or is_new:
             self.attempt("this chat", self._save, session, model)
 
     def _save(self, session, model: str) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mlx_dsv3.conversation.messages import clean
 from mlx_dsv3.conversation.session import End, Event, Session
+from mlx_dsv3.conversation.transcript import text_of
 from mlx_dsv3.errors import UserError, discard, unusable
 from mlx_dsv3.terminal.commands import Leave, choices, run_command
 from mlx_dsv3.terminal.kept import Kept
@@ -173,6 +174,7 @@ def repl(chat: Chat, lines=None, first: str = "") -> None:
             print("/help lists commands", file=sys.stderr)
     chat.lines, chat.kept = lines, lines.kept
     if chat.session.conversation.messages:
+        chat.kept.taken_up = text_of(chat.session, chat.model)
         print(taken_up(chat.session), file=sys.stderr)
     ahead = [first] if first else []
     with Signals(lines) as signals:

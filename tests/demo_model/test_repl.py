@@ -16,7 +16,7 @@ from mlx_dsv3.conversation.session import Session
 from mlx_dsv3.conversation.transcript import read
 from mlx_dsv3.model.decoder import Decoder
 from mlx_dsv3.terminal.commands import choices
-from mlx_dsv3.terminal.kept import Kept, newest
+from mlx_dsv3.terminal.kept import Kept, chats, newest
 from mlx_dsv3.terminal.lines import Lines
 from mlx_dsv3.terminal.repl import Chat, repl
 from mlx_dsv3.terminal.screen import Screen
@@ -87,6 +87,16 @@ def kept(chat: Chat) -> list[dict]:
     messages = read(newest()).messages
     assert messages == chat.session.conversation.messages
     return messages
+
+
+def test_a_chat_that_is_only_looked_at_is_kept_once(chat, new_chat, type_into):
+    """Fifty looks at the last chat dropped all others."""
+    type_into(chat, f"{QUESTION}\r/exit\r")
+    for line, number in (("/show", 1), ("/set temp 1", 2)):
+        chat = new_chat(12)
+        chat.session.restore(read(newest()))
+        type_into(chat, f"{line}\r/exit\r")
+        assert len(chats()) == number
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
