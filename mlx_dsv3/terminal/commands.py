@@ -33,6 +33,7 @@ from mlx_dsv3.terminal.showing import (
     taken_up,
 )
 
+MOST_READ = 2 << 20  # bytes, 8 for each token of the largest context; 64 MB are counted in minutes
 KEYS = """\
   \"""                        begins and ends a message of several lines
   //TEXT                     sends a message that begins with a slash
@@ -116,7 +117,7 @@ def read_file(chat, text: str) -> None:
     name, question = first_word(text)
     if not name:
         raise UserError("`/read FILE` lacks the name of a file", "give one")
-    content = read_text(path_of(name))
+    content = read_text(path_of(name), MOST_READ)
     tokens = len(chat.session.conversation.encode(content))
     what = f"{name}: {len(content):,} characters, {tokens:,} tokens"
     chat.attached.append(content)
