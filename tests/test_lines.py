@@ -1,8 +1,11 @@
 """What is typed becomes one message or command: keys, pastes, quotes, completion, the history."""
 
+import io
 import os
 import threading
+import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from prompt_toolkit.input import create_pipe_input
@@ -10,7 +13,9 @@ from prompt_toolkit.output import DummyOutput
 
 from mlx_dsv3.terminal.kept import Kept
 from mlx_dsv3.terminal.lines import Lines, edited
+from mlx_dsv3.terminal.names import LAST
 
+CODE = '"""What it does."""\n\nimport os\n\n"""More."""\n\nprint(os)'
 PASTED = "\n".join(f"line {i}" for i in range(40))
 WORDS = {"/r": ["/read", "/regen"], "/rea": ["/read"], "/read a\\ f": ["a\\ file"]}
 
@@ -45,6 +50,7 @@ def typed(home):
         ('""\r', '""'),
         (f"\x1b[200~{PASTED}\n\x1b[201~\r", PASTED),
         (f"\x1b[200~{PASTED}\x1b[201~ and this?\r", f"{PASTED} and this?"),
+        (f"\x1b[200~{CODE}\x1b[201~\r", CODE),
         ("first\x1b\rsecond\r", "first\nsecond"),
         ("discarded\x03next\r", "next"),
         ("/r\ta\t\r", "/read"),
@@ -56,6 +62,29 @@ def typed(home):
 def test_keys(typed, monkeypatch, terminal, keys, message):
     monkeypatch.setenv("TERM", terminal)
     assert typed(keys) == message
+
+
+def test_a_dumb_terminal_gets_no_control_code(home, monkeypatch, capsys):
+    monkeypatch.setenv("TERM", "dumb")
+    typed = io.BytesIO(b'\n"""\nfirst\nsecond"""\nnot \xff UTF-8\n')
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(typed))
+    lines = Lines()
+    assert [lines.read() for _ in range(3)] == ["", "first\nsecond", "not \ufffd UTF-8"]
+    with pytest.raises(EOFError):
+        lines.read()
+    assert "".join(capsys.readouterr()) == ">>> >>> ... ... >>> >>> "
+    waiting = SimpleNamespace(readline=lambda: lines.end())  # as SIGTERM does
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=waiting))
+    with pytest.raises(EOFError):
+        lines.read()
+
+
+@pytest.mark.parametrize("word", ["\\a" * 22, "x" * 20_000])
+def test_tab_behind_a_long_word(word):
+    """The search for the last word took twice as long with each backslash: a formula hung it."""
+    began = time.perf_counter()
+    assert LAST.search(f"{word} a\\ b")[0] == "a\\ b" and LAST.search(f"{word} ")[0] == ""
+    assert time.perf_counter() - began < 0.5
 
 
 def test_ctrl_c_and_ctrl_d_with_nothing_typed(typed):
@@ -102,7 +131,7 @@ def test_the_history_is_kept_for_its_user_alone(typed, home):
         assert lines.read() == "one"
 
 
-@pytest.mark.parametrize("trouble", ["symlink", "pipe", "no home", "full"])
+@pytest.mark.parametrize("trouble", ["symlink", "pipe", "no home", "relative", "full"])
 def test_a_history_that_cannot_be_kept_is_told_once(typed, home, monkeypatch, capsys, trouble):
     """A link that somebody left there would have had a user's lines written anywhere."""
     folder, other = home / ".mlx_dsv3", home / "other"
@@ -114,6 +143,9 @@ def test_a_history_that_cannot_be_kept_is_told_once(typed, home, monkeypatch, ca
         os.mkfifo(folder / "history")
     elif trouble == "no home":
         monkeypatch.setenv("HOME", str(other))
+    elif trouble == "relative":
+        monkeypatch.chdir(home.parent)
+        monkeypatch.setenv("HOME", home.name)
     else:
         full = partial(os.open, "/dev/full")
         monkeypatch.setattr("mlx_dsv3.terminal.kept.open_history", full)
@@ -124,9 +156,11 @@ def test_a_history_that_cannot_be_kept_is_told_once(typed, home, monkeypatch, ca
 
 
 def test_an_editor_changes_the_text(typed, tmp_path, monkeypatch):
+    """Ctrl-C is a key of editors, and reaches us too: it killed them."""
     editor = tmp_path / "my editor"
     editor.write_text(
-        '#!/bin/sh\nprintf "%s\\376\\n" "$(cat "$2") more" > "$2.new"; mv "$2.new" "$2"'
+        "#!/bin/sh\nkill -INT $PPID\nsleep 0.2\n"
+        'printf "%s\\376\\n" "$(cat "$2") more" > "$2.new"; mv "$2.new" "$2"'
     )
     editor.chmod(0o700)
     monkeypatch.setenv("VISUAL", "/no/such/editor")

@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 
+from prompt_toolkit.utils import is_dumb_terminal
+
 from mlx_dsv3.errors import UserError
 
 # A program, and the variable that says whether its display is there.
@@ -21,7 +23,7 @@ def copy(text: str) -> str:
     for program, display in PROGRAMS:
         if (display is None or os.environ.get(display)) and runs(program, data):
             return program
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or is_dumb_terminal():
         raise UserError(
             "there is no clipboard: `pbcopy`, `wl-copy` and `xclip` do not run",
             "`/save FILE` writes the chat to a file",

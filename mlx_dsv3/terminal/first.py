@@ -26,7 +26,7 @@ from mlx_dsv3.terminal.lines import Lines
 from mlx_dsv3.terminal.progress import LoadBar
 from mlx_dsv3.terminal.repl import HINT_AT_CTRL_C
 
-ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 ANSWERED = {"/help", "/?", "/exit", "/bye", "/quit"}  # without a model
 AS_BEFORE = b"\x1b[?2004l\x1b[?25h\n\x1b[J"  # no marked pastes, a cursor, nothing below
 LOCAL, SPECIAL = 3, 6  # where `tcgetattr` has the local modes and the special characters
@@ -147,7 +147,9 @@ class FirstPrompt(LoadBar):
         self.typed.is_ended = True
 
     def leave_by_signal(self, number: int, frame) -> None:
-        """Give the terminal back, and end as the signal would."""
+        """Give the terminal back, and end as the signal would; an editor has Ctrl-C as a key."""
+        if number == signal.SIGINT and self.app._running_in_terminal:
+            return
         self.is_over = True
         self.end_prompt(GONE_WITHIN_S)  # or it would be drawn once more
         self.typed.restore_modes()

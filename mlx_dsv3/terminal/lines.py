@@ -7,12 +7,14 @@ model code: the first prompt is shown while the model loads.
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
 import termios
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 
 from prompt_toolkit import PromptSession
@@ -22,9 +24,10 @@ from prompt_toolkit.enums import DEFAULT_BUFFER
 from prompt_toolkit.filters import has_focus
 from prompt_toolkit.history import InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings
-from prompt_toolkit.output import Output, create_output
+from prompt_toolkit.output import DummyOutput, Output, create_output
 from prompt_toolkit.search import stop_search
 from prompt_toolkit.shortcuts import CompleteStyle
+from prompt_toolkit.utils import is_dumb_terminal
 
 from mlx_dsv3.errors import UserError, in_line
 from mlx_dsv3.terminal.kept import Kept
@@ -36,29 +39,46 @@ EDITORS = ("/usr/bin/editor", "nano", "vi")
 
 
 def is_open(text: str) -> bool:
-    """Say whether a message begins with three quotes and does not end with others."""
+    """Say whether a message begins with three quotes that no others close.
+
+    Code may be pasted that begins with a text in such quotes, and goes on after it.
+    """
     text = text.strip()
-    return text.startswith(QUOTES) and (len(text) < 6 or not text.endswith(QUOTES))
+    is_closed = len(text) >= 6 and text.endswith(QUOTES)
+    return text.startswith(QUOTES) and not is_closed and text.count(QUOTES) % 2 == 1
 
 
 def unquoted(text: str) -> str:
     """Return a message without the quotes around it; quoted, a slash begins no command."""
     text = text.strip()
-    if not text.startswith(QUOTES) or is_open(text):
+    if len(text) < 6 or not text.startswith(QUOTES) or not text.endswith(QUOTES):
         return text
     text = text[3:-3].strip("\n")
     return f"/{text}" if text.startswith("/") else text
 
 
+@contextmanager
+def on_ctrl_c(handler: Callable) -> Iterator[None]:
+    """Let it take Ctrl-C meanwhile, where this is the main thread: others get no signal."""
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, handler) if is_main else None
+    try:
+        yield
+    finally:
+        if is_main:
+            signal.signal(signal.SIGINT, before)
+
+
 def edited(text: str) -> str:
-    """Return a text as the user's editor leaves it."""
+    """Return a text as the user's editor leaves it. Ctrl-C is a key of editors, and theirs."""
     named = [os.environ.get(name) for name in ("VISUAL", "EDITOR")]
     with tempfile.NamedTemporaryFile(prefix="mlx_dsv3-", suffix=".md") as file:
         file.write(text.encode("utf-8", "replace"))
         file.flush()
         for editor in filter(None, (*named, *EDITORS)):
             try:
-                status = subprocess.call([*shlex.split(editor), file.name])
+                with on_ctrl_c(lambda *_: None):
+                    status = subprocess.call([*shlex.split(editor), file.name])
             except (OSError, ValueError):  # not there, or an open quote
                 continue
             if status:
@@ -102,6 +122,8 @@ def key_bindings(missed: Callable[[], None]) -> KeyBindings:
     @keys.add("c-c")
     @keys.add("<sigint>")
     def interrupt(event) -> None:
+        if event.app._running_in_terminal:  # an editor, whose key it is
+            return
         if event.app.layout.is_searching:  # else the next line would go into the search
             stop_search()
         elif event.app.is_running and not event.app.is_done:
@@ -128,6 +150,22 @@ def key_bindings(missed: Callable[[], None]) -> KeyBindings:
     return keys
 
 
+def is_plain() -> bool:
+    """Say whether what shows the prompt takes no control codes: it is dumb, or no terminal."""
+    return is_dumb_terminal() or not (sys.stdout.isatty() or sys.stderr.isatty())
+
+
+def plain_text(text: str) -> str:
+    """Return a message, if there is none yet, as the terminal itself lets lines be edited."""
+    sign, stream = PROMPT, sys.stdout if sys.stdout.isatty() else sys.stderr
+    while not text or is_open(text):
+        print(sign, end="", file=stream, flush=True)
+        if not (line := sys.stdin.buffer.readline()):
+            raise EOFError
+        text, sign = text + line.decode("utf-8", "replace"), CONTINUATION
+    return text
+
+
 def own_output() -> Output:
     """Return where the prompt is shown: a terminal, and never a pipe for the answers.
 
@@ -143,6 +181,7 @@ class Lines:
     def __init__(self, kept: Kept | None = None, choices=lambda text: (), input=None, output=None):
         self.kept, self.default, self.is_ended = kept, "", False
         self.is_interrupted = False  # by a Ctrl-C that nobody has listened to yet
+        self.is_plain, self.is_waiting = output is None and is_plain(), False
         self.modes: list | None = None  # of the terminal, which the next line gives back
         self.begin = partial(
             PromptSession,
@@ -156,7 +195,7 @@ class Lines:
             prompt_continuation=lambda width, line, wraps: "" if wraps else CONTINUATION,
             enable_suspend=True,
             input=input,
-            output=output or own_output(),
+            output=output or (DummyOutput() if self.is_plain else own_output()),
         )
         self.session = self.begin()
 
@@ -173,7 +212,7 @@ class Lines:
             self.session.bottom_toolbar = toolbar
             self.session.refresh_interval = 0.2 if toolbar else 0
             try:
-                text = self.session.prompt(default=default, pre_run=self.leave_if_noted)
+                text = self.prompt(default)
                 if self.is_interrupted or self.is_ended:  # as it ended by itself
                     raise EOFError if self.is_ended else KeyboardInterrupt
             except KeyboardInterrupt:
@@ -190,6 +229,17 @@ class Lines:
                 self.kept.remember(text)
             return unquoted(text)
         raise EOFError
+
+    def prompt(self, default) -> str:
+        """Return a text as it is typed."""
+        if not self.is_plain:
+            return self.session.prompt(default=default, pre_run=self.leave_if_noted)
+        with on_ctrl_c(signal.default_int_handler):
+            try:
+                self.is_waiting = True
+                return plain_text(default)
+            finally:
+                self.is_waiting = False
 
     def note_ctrl_c(self) -> None:
         self.is_interrupted = True
@@ -214,6 +264,8 @@ class Lines:
             if app.is_running and not app.is_done:
                 app.exit(exception=EOFError)
 
+        if self.is_waiting:
+            raise EOFError  # out of the handler, to who waits
         if app is None or not app.is_running:
             return False
         app.loop.call_soon_threadsafe(leave)

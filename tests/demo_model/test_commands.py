@@ -179,6 +179,8 @@ def test_a_template_that_refuses_a_system_prompt(chat, say, monkeypatch):
 
 def test_a_file_goes_with_a_message(chat, say, home):
     (home / "my notes.txt").write_text("Rome is old.")
+    (home / "long").write_bytes(bytes((2 << 20) + 1))
+    assert "`long` is too large: 2,097,153 bytes" in say("/read long")[1]
     told = say("/read ~/my\\ notes.txt")[1]
     assert "12 characters" in told and "they go with the next message" in told
     say("Is it?")
@@ -228,6 +230,9 @@ def test_the_answer_is_copied(chat, say, home, monkeypatch):
     program.write_text("#!/bin/sh\nexit 1\n")
     assert "there is no clipboard" in say("/copy")[1]
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "dumb")
+    assert "there is no clipboard" in say("/copy")[1]
+    monkeypatch.setenv("TERM", "xterm")
     assert "\x1b]52;c;" in say("/copy")[1]
 
 
@@ -252,7 +257,7 @@ def test_the_choices_of_tab(home, monkeypatch):
 
 def test_an_editor_writes_the_next_message(chat, say, home, monkeypatch):
     editor = home / "editor"
-    editor.write_text('#!/bin/sh\nprintf more >> "$1"\n')
+    editor.write_text('#!/bin/sh\nkill -INT $PPID\nsleep 0.2\nprintf more >> "$1"\n')
     editor.chmod(0o700)
     monkeypatch.setenv("VISUAL", str(editor))
     with create_pipe_input() as keys:

@@ -69,6 +69,7 @@ def test_a_question_sent_early_waits_for_the_model(open_terminal):
         (signal.SIGINT, 130),
         (signal.SIGTERM, -signal.SIGTERM),
         (signal.SIGHUP, -signal.SIGHUP),
+        (signal.SIGQUIT, -signal.SIGQUIT),  # Ctrl-\\ while a first question waits
     ],
     ids=str,
 )
