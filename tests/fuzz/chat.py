@@ -30,7 +30,8 @@ DAY, CHAT = 60, 30  # sequences
 ROOT, KEPT = Path(__file__).parents[2], Path("build/fuzz")
 STATUSES = {"SIGTERM": (-15, 143), "SIGHUP": (-1, 129), "closed window": (-1, 129, 0)}
 STATUSES |= {"SIGKILL": (-9,), "the keys": (0, -2, 130)}  # as Ctrl-C ends a chat that leaves
-PATIENCE_S, LONG_REPLY_S = 30, 1
+PATIENCE_S, LONG_REPLY_S, AGAIN_S = 40, 1, 10
+LONG_CHAT = 3000  # characters; a long one takes long to compute, and is begun anew
 BROKEN = ("Traceback (most", "Exception ignored", "Fatal Python error", "Unhandled exception")
 BROKEN += ("the turn failed at", "Exception in thread", "WARNING: your terminal")
 # An unfinished paste swallows Ctrl-C, Ctrl-S stops a terminal, and Ctrl-Q quotes the next key.
@@ -62,8 +63,9 @@ class Day:
         self.terminal = Terminal(self.model, *words, home=self.home, cwd=self.cwd, **environment)
         self.checked = 0
         self.wait(self.is_at_prompt, "no first prompt")
-        if words and self.said:
-            self.check_shown("--continue lost it")
+        self.enter("/show messages", PATIENCE_S)  # it waits until the model is loaded
+        if words and self.said not in self.terminal.text():
+            raise Find(f"--continue lost {self.said}")
 
     def is_at_prompt(self) -> bool:
         display = self.terminal.display
@@ -116,9 +118,9 @@ class Day:
             if time.monotonic() > deadline:
                 raise Find("hang: no prompt after Ctrl-C")
 
-    def enter(self, line: str) -> bool:
-        """Type a line and wait for the next prompt; a long reply is stopped."""
-        row, stop_at = self.terminal.display.cursor_row, time.monotonic() + LONG_REPLY_S
+    def enter(self, line: str, seconds: float = LONG_REPLY_S) -> bool:
+        """Type a line and wait for the next prompt; after some seconds a reply is stopped."""
+        row, stop_at = self.terminal.display.cursor_row, time.monotonic() + seconds
         self.terminal.seen = row
         self.terminal.type(line + ENTER)
 
@@ -128,7 +130,7 @@ class Day:
                 return True
             if time.monotonic() > stop_at:
                 self.terminal.type(CTRL_C)
-                stop_at += LONG_REPLY_S
+                stop_at += AGAIN_S
             return False
 
         return self.wait(is_done, f"no answer to {line!r}")
@@ -146,6 +148,8 @@ class Day:
         self.question(f"m{number}m")
         self.check_shown("/show messages lacks it")
         self.check_kept()
+        if len(self.terminal.text()) > LONG_CHAT:
+            self.enter("/clear")
 
     def check_shown(self, complaint: str) -> None:
         if not self.enter("/show messages") or self.said not in self.terminal.text():
