@@ -18,7 +18,7 @@ from rich.text import Text
 
 PICTURE, DEMO = ROOT / "docs/chat.svg", "build/demo-q4"
 COLUMNS, ROWS = 100, 80
-OPTIONS = ("--expert-memory", "0.004")
+OPTIONS = ("--drafts", "3")
 LINES = (
     "Hello! What is the capital of France?",
     "And of Japan?",

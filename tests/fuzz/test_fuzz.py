@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from fuzz import judge
+from fuzz import judge, keys
 from fuzz.judge import Outcome, fault
 from fuzz.plants import PLANTS
+from mlx_dsv3.terminal.commands import ALIASES, COMMANDS
 
 ROOT = Path(__file__).parents[2]
 
@@ -102,3 +103,18 @@ def test_a_good_input_is_no_error():
 @pytest.mark.parametrize("err", [f"{GOOD}{GOOD}", f"{GOOD}more\n", "error: a\nb\n", "errors: x\n"])
 def test_a_refusal_is_one_sentence(err):
     assert fault(Outcome(2 << 8, "", err, 0), ["chat"]) == "status 2 without one sentence"
+
+
+def test_chats_survive_random_keys(converted):
+    """Ctrl-C between two prompts ended a chat, in a traceback of prompt_toolkit's."""
+    env = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
+    words = ["--seed", "0", "--count", "24", "--processes", "1", "--model", str(converted("q4"))]
+    command = [sys.executable, "-m", "fuzz.chat", *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "24 sequences" in done.stdout and ", 0 found" in done.stdout
+
+
+def test_the_commands_that_are_typed():
+    """A command that is new is typed too."""
+    assert sorted(keys.COMMANDS) == sorted([*COMMANDS, *ALIASES])
