@@ -72,6 +72,13 @@ class Display(pyte.HistoryScreen):
         ]
 
 
+def take_terminal(file: int) -> None:
+    """Be a program of this terminal, whose Ctrl-C reaches it: one in the background ignores it."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    os.login_tty(file)
+
+
 class Terminal:
     """chat.py in a terminal of so many columns and rows, with a home folder that is not a person's.
 
@@ -89,7 +96,7 @@ class Terminal:
         command = [sys.executable, str(CHAT), *map(str, arguments)]
         changed = {"TERM": "xterm-256color", "PYTHONPATH": str(ROOT), **environment}
         changed |= {"HOME": str(home)} if home else {}
-        begin = partial(os.login_tty, self.slave)  # its Ctrl-C is this terminal's
+        begin = partial(take_terminal, self.slave)
         env = os.environ | changed
         self.process = subprocess.Popen(command, env=env, cwd=cwd, preexec_fn=begin, close_fds=True)
 
