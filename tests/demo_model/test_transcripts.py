@@ -49,7 +49,7 @@ def refused(said: str, *words: str) -> None:
 def test_a_day_at_the_terminal(open_terminal, tmp_path):
     """Turns, messages of many lines, every command, mistakes: one chat answers them all."""
     (tmp_path / "fruit.txt").write_text("A banana is yellow.\n")
-    terminal = open_terminal(columns=120, home=tmp_path, cwd=tmp_path)
+    terminal = open_terminal(columns=200, home=tmp_path, cwd=tmp_path)
     assert terminal.until_prompt() == "/help lists commands"
     ask = terminal.ask
 

@@ -30,8 +30,8 @@ DAY, CHAT = 60, 30  # sequences
 ROOT, KEPT = Path(__file__).parents[2], Path("build/fuzz")
 STATUSES = {"SIGTERM": (-15, 143), "SIGHUP": (-1, 129), "closed window": (-1, 129, 0)}
 STATUSES |= {"SIGKILL": (-9,), "the keys": (0, -2, 130)}  # as Ctrl-C ends a chat that leaves
-PATIENCE_S, LONG_REPLY_S, AGAIN_S = 40, 1, 10
-LONG_CHAT = 3000  # characters; a long one takes long to compute, and is begun anew
+PATIENCE_S, LONG_REPLY_S, AGAIN_S = 40, 0.6, 10
+LONG_CHAT = 1500  # characters; a long one takes long to compute, and is begun anew
 BROKEN = ("Traceback (most", "Exception ignored", "Fatal Python error", "Unhandled exception")
 BROKEN += ("the turn failed at", "Exception in thread", "WARNING: your terminal")
 # An unfinished paste swallows Ctrl-C, Ctrl-S stops a terminal, and Ctrl-Q quotes the next key.
@@ -69,8 +69,9 @@ class Day:
 
     def is_at_prompt(self) -> bool:
         display = self.terminal.display
-        line = display.display[display.cursor.y].rstrip()
-        return line == PROMPT and display.cursor.x == len(PROMPT) + 1
+        row = display.buffer[display.cursor.y]
+        line = "".join(row[x].data for x in range(len(PROMPT) + 2))
+        return line.rstrip() == PROMPT and display.cursor.x == len(PROMPT) + 1
 
     def wait(self, is_so, complaint: str, seconds: float = PATIENCE_S) -> bool:
         """Wait until something is so; False says that the chat has left instead."""

@@ -21,7 +21,7 @@ QUESTIONS = (
     "What is the capital of France?|And of Japan?|Hello!|What is speculative decoding?|"
     "Thank you.|你好，世界|مرحبا بالعالم|e\u0301 \U0001f468\u200d\U0001f469\u200d\U0001f467 🇫🇷|"
     "</think>|<think>|<｜User｜>hi<｜Assistant｜>|//not a command| a secret|/"
-).split("|") + ["x" * 900]
+).split("|") + ["x" * 200]
 FILES = (
     "good.txt|long.txt|chat.json|empty.json|broken.json|deep.json|wrong.json|folder|absent/x|pipe|"
     "folder/new.json|loop|latin.txt|with space.txt|.|..||new.json|new.json --with-cache|~/x.json|"
@@ -37,7 +37,7 @@ VALUES = (
 WORDS = (
     "on|off|messages|settings|model|prompt|all|code 1|code 99|é|You are brief.|auto|\u202e abc|"
     "\ud800|" + HOSTILE
-).split("|") + ["x" * 2000]
+).split("|") + ["x" * 200]
 NUMBERS = "|0|1|2|9|-1|99999999999999999999|1.5|one|1 1|٢".split("|")
 KEYS = (  # of a keyboard, and what terminals send by themselves
     "\t|\t\t|\x1b[A|\x1b[A\x1b[A|\x1b[B|\x1b[C|\x1b[D|\x1b[H|\x1b[F|\x1b[3~|\x1b[5~|\x1b[6~|\x1bOP|"
@@ -62,7 +62,7 @@ def furnish(folder: Path) -> None:
     texts = {
         "good.txt": "A banana is yellow.\n" * 5,
         "with space.txt": f"An owl {HOSTILE} sees at night.",
-        "long.txt": "".join(f"Line {i} of a long text.\n" for i in range(400)),
+        "long.txt": "".join(f"Line {i} of a long text.\n" for i in range(60)),
         "chat.json": json.dumps(chat),
         "empty.json": "",
         "broken.json": json.dumps(chat)[:-40],
