@@ -122,8 +122,11 @@ class State:
             "ids": " ".join(map(str, self.ids)),
         }
         partial = path.with_name(f".{path.stem}.partial.safetensors")
-        mx.save_safetensors(str(partial), arrays, metadata)
-        os.replace(partial, path)
+        try:
+            mx.save_safetensors(str(partial), arrays, metadata)
+            os.replace(partial, path)
+        finally:  # a disk that it has filled takes nothing else
+            partial.unlink(missing_ok=True)
 
 
 def fingerprint(model: Model) -> str:

@@ -285,11 +285,17 @@ def test_whatever_a_file_holds(talk, loaded):
 
 
 def test_a_cache_that_cannot_be_written(talk, monkeypatch):
-    """The chat is saved all the same."""
+    """The chat is saved all the same, and the disk is not left full of half a cache."""
     session, path = talk
     path.unlink()
     cache_of(path).unlink()
-    (path.parent / f".{path.name}.cache.partial.safetensors").mkdir()
+
+    def full(name, *_):
+        Path(name).write_bytes(b"half")
+        raise RuntimeError("[write] Unable to write 4096 bytes to file.")
+
+    monkeypatch.setattr(mx, "save_safetensors", full)
     with pytest.raises(UserError, match="is saved, but .* cannot be written"):
         save(session, path, with_cache=True)
-    assert read(path).messages == session.messages and not cache_of(path).exists()
+    assert read(path).messages == session.messages
+    assert list(path.parent.iterdir()) == [path]
