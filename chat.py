@@ -263,6 +263,8 @@ def main(argv: list[str] | None = None) -> int:
             from mlx_dsv3.terminal.repl import repl
 
             repl(chat, loading.typed, loading.line)
+            with nothing_to_keep():  # a Ctrl-C within a finalizer is a traceback
+                leaving.close()
             return 0
         return INTERRUPTED if chat.turn(question).finish_reason == "interrupted" else 0
 
