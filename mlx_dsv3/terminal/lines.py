@@ -172,7 +172,10 @@ def own_output() -> Output:
     By a descriptor of its own: others are silenced while the tokenizer loads.
     """
     stream = sys.stdout if sys.stdout.isatty() else sys.stderr
-    return create_output(os.fdopen(os.dup(stream.fileno()), "w", encoding=stream.encoding))
+    output = create_output(os.fdopen(os.dup(stream.fileno()), "w", encoding=stream.encoding))
+    # Asked where the cursor is, a slow terminal answers into a reply, or a warning is printed.
+    output.enable_cpr = False
+    return output
 
 
 class Lines:

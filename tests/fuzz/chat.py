@@ -35,7 +35,7 @@ LONG_CHAT = 1500  # characters; a long one takes long to compute, and is begun a
 BROKEN = ("Traceback (most", "Exception ignored", "Fatal Python error", "Unhandled exception")
 BROKEN += ("the turn failed at", "Exception in thread", "WARNING: your terminal")
 # An unfinished paste swallows Ctrl-C, Ctrl-S stops a terminal, and Ctrl-Q quotes the next key.
-TO_PROMPT = ("\x03", "\x1b[201~\x03", "\x11\x03\x03")
+TO_PROMPT = ("\x1b[201~\x03", "\x03", "\x1b[201~\x03", "\x11\x03\x03")
 
 
 class Find(AssertionError):
