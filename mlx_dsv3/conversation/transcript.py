@@ -99,8 +99,10 @@ def private() -> Iterator[None]:
 def write(path: Path, text: str) -> None:
     """Replace a file by a text, or leave it as it is."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.unlink(missing_ok=True)  # it may be a link that others put there
     try:
-        partial.write_text(text, encoding="utf-8", newline="\n")
+        with open(partial, "x", encoding="utf-8", newline="\n") as file:
+            file.write(text)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -122,6 +122,7 @@ class State:
             "ids": " ".join(map(str, self.ids)),
         }
         partial = path.with_name(f".{path.stem}.partial.safetensors")
+        partial.unlink(missing_ok=True)  # it may be a link that others put there
         try:
             mx.save_safetensors(str(partial), arrays, metadata)
             os.replace(partial, path)

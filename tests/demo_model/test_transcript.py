@@ -64,6 +64,17 @@ def test_a_file_is_its_owners_alone(talk):
     assert set(path.parent.iterdir()) == {path, cache_of(path)}
 
 
+def test_a_link_that_others_put_there_leads_nowhere(talk, tmp_path):
+    """In a folder that all may write to, the names of partial files can be guessed."""
+    session, path = talk
+    (other := tmp_path / "other").write_text("mine")
+    (path.parent / f".{path.name}.{os.getpid()}.partial").symlink_to(other)
+    (path.parent / f".{path.name}.cache.partial.safetensors").symlink_to(other)
+    save(session, path, with_cache=True)
+    assert other.read_text() == "mine" and read(path).messages == session.messages
+    assert not path.is_symlink() and not cache_of(path).is_symlink()
+
+
 @pytest.mark.parametrize("text", ODD)
 def test_any_text_comes_back(loaded, tmp_path, text):
     session, path = Session(loaded, system=text + "x"), tmp_path / "chat.json"
