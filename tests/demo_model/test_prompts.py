@@ -45,7 +45,7 @@ def test_the_bar_is_gone_before_the_first_word(loaded, monkeypatch, capsys):
     """On a terminal both streams go to one screen."""
     monkeypatch.setattr(progress, "PATIENCE_S", 0.0)
     monkeypatch.setattr(progress, "PAUSE_S", 0.0)
-    monkeypatch.setattr(progress, "takes_attributes", lambda stream: True)
+    monkeypatch.setattr(progress, "is_redrawn", lambda stream: True)
     order = []
     chat = Chat(Session(loaded), Screen(stats="off"))
     shown = chat.screen.show_text
