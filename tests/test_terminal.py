@@ -141,6 +141,9 @@ def test_a_hidden_thought_shows_its_seconds(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     out, _ = shown(monkeypatch, [*THINKING, End("stop", None, {})], hide_thinking=True)
     assert drawn(out)[:3] == ["thought for 12 s", "*Two*.", ""] and "\x1b[2m" not in out
+    monkeypatch.setenv("TERM", "dumb")
+    out, _ = shown(monkeypatch, [*THINKING, End("stop", None, {})], hide_thinking=True)
+    assert out == "thinking … thought for 12 s\n*Two*.\n"
 
 
 @pytest.mark.parametrize("hide", [True, False])
