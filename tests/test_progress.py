@@ -99,13 +99,12 @@ def test_what_takes_no_control_codes_gets_no_bar(to_stderr, clock, monkeypatch, 
 def test_a_load_says_its_speed_and_afterwards_how_long_it_took(to_stderr, clock):
     """Seconds of imports before the first byte are none of the disk's."""
     stderr = to_stderr()
-    bar = LoadBar()
-    clock[0] += 30
-    for i in range(76):
-        bar.progress(i * 5_200_000_000, 389_900_000_000)
-        clock[0] += 1
+    with LoadBar() as bar:
+        clock[0] += 30
+        for i in range(76):
+            bar.progress(i * 5_200_000_000, 389_900_000_000)
+            clock[0] += 1
     assert "loading 15.6 of 389.9 GB, 5.2 GB/s\x1b[K" in stderr.getvalue()
-    bar.erase()
     assert bar.long_load() == ["loaded 390.0 GB in 75 s (5.2 GB/s)"]
     assert stderr.getvalue().endswith("\r\x1b[K")
 
