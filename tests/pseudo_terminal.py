@@ -74,7 +74,7 @@ class Display(pyte.HistoryScreen):
 
 def take_terminal(file: int) -> None:
     """Be a program of this terminal, whose Ctrl-C reaches it: one in the background ignores it."""
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
     os.login_tty(file)
 

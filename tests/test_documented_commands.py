@@ -80,7 +80,11 @@ LIMITS = {
     (dry_run, "installs packages"): ["make pins", "make test-newest", "make test-oldest"],
     (dry_run, "installs Triton"): ["make triton"],
     (dry_run, "needs an NVIDIA GPU"): ["make cuda"],
-    (dry_run, "looks at the whole tree, or changes it"): ["make format", "make lint"],
+    (dry_run, "looks at the whole tree, or changes it"): [
+        "make format",
+        "make lint",
+        "make picture",
+    ],
     (dry_run, SLOW): ["make parity"],
     (is_bash, "takes 25 minutes"): [".ci/run"],
     (is_known, "installs packages"): ["pip install *"],
