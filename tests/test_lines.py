@@ -2,6 +2,8 @@
 
 import io
 import os
+import signal
+import socket
 import threading
 import time
 from functools import partial
@@ -93,6 +95,22 @@ def test_ctrl_c_and_ctrl_d_with_nothing_typed(typed):
     with pytest.raises(EOFError):
         typed("\x04")
     assert typed("go on\r") == "go on"
+
+
+def test_no_loop_is_left_with_the_signals(typed, monkeypatch):
+    """A Ctrl-C as a prompt ended left them to a closed loop, and each later one was a traceback."""
+    lines, (left, right) = typed.lines, socket.socketpair()
+    left.setblocking(False)
+
+    def prompt(**_):
+        signal.set_wakeup_fd(left.fileno())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lines.session, "prompt", prompt)
+    with pytest.raises(KeyboardInterrupt):
+        lines.prompt("")
+    assert signal.set_wakeup_fd(-1) == -1
+    left.close(), right.close()
 
 
 def test_a_prompt_in_a_thread_is_ended_from_outside(typed):

@@ -236,7 +236,11 @@ class Lines:
     def prompt(self, default) -> str:
         """Return a text as it is typed."""
         if not self.is_plain:
-            return self.session.prompt(default=default, pre_run=self.leave_if_noted)
+            try:
+                return self.session.prompt(default=default, pre_run=self.leave_if_noted)
+            finally:
+                if threading.current_thread() is threading.main_thread():
+                    signal.set_wakeup_fd(-1)  # a Ctrl-C as it ends leaves that of a closed loop
         with on_ctrl_c(signal.default_int_handler):
             try:
                 self.is_waiting = True
