@@ -214,7 +214,7 @@ def test_json_is_one_line_of_any_reply(monkeypatch):
     experts = Counters(hits=9, misses=1, nbytes=10**9)
     nothing = End("interrupted", None, {})
     for some, reused in ((stats(90, 60, experts), 65_200), (stats(), 65_200), (None, 7)):
-        end = End("stop", some, {3: experts}, HOSTILE, "\ud800\n👧", 1.5)
+        end = End("stop", some, {3: experts}, HOSTILE, "\ud800\n👧")
         out, err = shown(monkeypatch, [Prefill(7, 7, 11), *THINKING[1:], end], as_json=True)
         assert err == "" and out.count("\n") == 1 and out.isascii() and out[:-1].isprintable()
         values = json.loads(out)

@@ -4,7 +4,6 @@ Whenever it stops it is whole: a thought is closed, and where it was to replace 
 nothing came, that one stays. Knows no loaded model and no caches.
 """
 
-import time
 from dataclasses import dataclass
 
 from mlx_dsv3.conversation.messages import Conversation
@@ -26,7 +25,7 @@ class End:
     """The end of a reply: `stop`, `length` (a limit was reached) or `interrupted` (Ctrl-C).
 
     `stats` are None where no token came. `layers` holds the counters of each streamed layer.
-    `text` is the whole answer and `reasoning` the thought before it, which took `thought_s`.
+    `text` is the whole answer and `reasoning` the thought before it.
     """
 
     finish_reason: str
@@ -34,7 +33,6 @@ class End:
     layers: dict[int, Counters]
     text: str = ""
     reasoning: str = ""
-    thought_s: float = 0.0
 
 
 class Reply:
@@ -47,24 +45,17 @@ class Reply:
         self.message = conversation.add_assistant("")
         self.parts = {True: "", False: ""}
         self.stats, self.finish_reason = None, "interrupted"
-        self.began, self.thought_s = time.perf_counter(), 0.0
 
     @property
     def is_lost(self) -> bool:
         """Say whether nothing came of what was to replace another reply."""
         return self.stats is None and self.instead is not None
 
-    def begin(self) -> None:
-        """Start the clock of a thought: the prompt is not computed before."""
-        self.began = time.perf_counter()
-
     def add(self, piece: Piece) -> list[Text]:
         """Add a token and return what it completes; there is always something to show."""
-        was_inside, self.stats = self.thoughts.is_inside, piece.stats
+        self.stats = piece.stats
         self.message["content"] += piece.text
         texts = self.thoughts.feed(piece.text)
-        if was_inside or any(is_thought for is_thought, _ in texts):
-            self.thought_s = time.perf_counter() - self.began
         if piece.finish_reason is not None:
             self.finish_reason = piece.finish_reason
             texts += self.thoughts.end()
@@ -88,4 +79,4 @@ class Reply:
         """Return the last event, after Ctrl-C too, which leaves what may have begun a tag."""
         self._told(self.thoughts.end())
         answer, thought = self.parts[False], self.parts[True]
-        return End(self.finish_reason, self.stats, layers, answer, thought, self.thought_s)
+        return End(self.finish_reason, self.stats, layers, answer, thought)

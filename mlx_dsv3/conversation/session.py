@@ -142,11 +142,7 @@ class Session:
         try:
             with suppress(KeyboardInterrupt), closing(events):
                 for event in events:
-                    if isinstance(event, Prefill):
-                        reply.begin()
-                        yield event
-                    else:
-                        yield from reply.add(event)
+                    yield from [event] if isinstance(event, Prefill) else reply.add(event)
         finally:
             self.conversation.messages, self._reply_now = reply.messages(), None
             if reply.is_lost:
