@@ -23,7 +23,7 @@ from convert.inventory import (
 from convert.plan import Module, OutputFile, Part, Plan, Target, Unit
 from convert.recipe import Recipe
 from convert.source import Source
-from mlx_dsv3.checkpoint.format import SIDECAR, experts_file, module_path, trunk_file
+from mlx_dsv3.checkpoint.format import SIDECAR, experts_file, layer_of, module_path, trunk_file
 
 TRUNK_FILE_BYTES = 5 * 10**9
 BLOCK_ELEMENTS = 16 << 20  # 64 MB as float32: no matrix of an expert of V3 is split
@@ -148,7 +148,7 @@ class _Planner:
     def _module(self, path: str, shape: tuple[int, ...], role: str) -> Module:
         chosen = None
         if role not in NEVER_QUANTIZED:
-            chosen = self.recipe.quantization(role, shape[-1])
+            chosen = self.recipe.quantization(role, shape[-1], layer_of(path))
         if chosen is None:
             return Module(path, role, None, (Part(f"{path}.weight", self.recipe.dtype, shape),))
         parts = (Part(f"{path}.{part}", *rest) for part, *rest in chosen.arrays(shape))

@@ -3,6 +3,8 @@
 The roles are those of `inventory.py` without the ones that are never quantised (norms, router,
 selection bias). `q4` and the other uniform recipes give what `mlx_lm.convert -q` gives; the
 MTP module has 8 bits whatever the recipe, because drafts of a 4-bit one are hardly ever accepted.
+Levels are the values that a group's codes stand for: `extremes` spreads them from the least weight
+to the largest as `mx.quantize` does, `fitted` puts them where the error is least.
 
 What a user gives (a name, `--q-*` flags, a JSON file) is looked at before it counts: 0 bits, 4.0
 and "4" are not 4, and `null` alone leaves a role as it is. A recipe that equals a built-in one is
@@ -10,7 +12,7 @@ that one, and no other bears its name, so that a name says what a folder holds.
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mlx_dsv3.checkpoint.format import Quantization
@@ -27,6 +29,7 @@ ROLES = (
     "experts_down",
     "mtp",
 )
+EXPERTS = ("experts_gate_up", "experts_down")
 ALLOWED = {  # mode -> (group sizes, bits); the first of each is mlx-lm's default
     "affine": ((64, 32, 128), (4, 2, 3, 5, 6, 8)),
     "mxfp4": ((32,), (4,)),
@@ -35,6 +38,7 @@ ALLOWED = {  # mode -> (group sizes, bits); the first of each is mlx-lm's defaul
 }
 DEFAULT = "q4"
 DTYPES = ("BF16", "F32")
+LEVELS = ("extremes", "fitted")  # the first is the default
 FORM = (
     'a role is a number of bits, `{"bits": 4, "group_size": 64, "mode": "affine"}`, or `null`, '
     "which leaves it as it is"
@@ -43,15 +47,20 @@ FORM = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """Quantisation by role; None leaves the role in `dtype` (BF16, or F32 by widening)."""
+    """Quantisation by role; None leaves the role in `dtype` (BF16, or F32 by widening).
+
+    `by_layer` has the roles that some layers store in another way, by number of the layer.
+    """
 
     name: str
     by_role: dict[str, Quantization | None]
     dtype: str = "BF16"
+    levels: str = LEVELS[0]
+    by_layer: dict[int, dict[str, Quantization | None]] = field(default_factory=dict)
 
-    def quantization(self, role: str, width: int) -> Quantization | None:
-        """Return how a matrix of `role` with rows of `width` is stored."""
-        chosen = self.by_role.get(role)
+    def quantization(self, role: str, width: int, layer: int | None = None) -> Quantization | None:
+        """Return how a matrix of `role` with rows of `width` is stored; a layer has a number."""
+        chosen = (self.by_role | self.by_layer.get(layer, {})).get(role)
         return chosen if chosen and chosen.fits(width) else None
 
     @property
@@ -62,8 +71,16 @@ class Recipe:
 
     def as_dict(self) -> dict:
         """Return the form of conversion.json, which a JSON recipe may have too."""
-        roles = {role: q.as_config() if q else None for role, q in self.by_role.items()}
-        return {"name": self.name, "dtype": self.dtype, **roles}
+        values = {"name": self.name, "dtype": self.dtype, **_configs(self.by_role)}
+        if self.levels != LEVELS[0]:  # folders of earlier versions do not name it
+            values["levels"] = self.levels
+        if self.by_layer:
+            values["layers"] = {str(i): _configs(roles) for i, roles in self.by_layer.items()}
+        return values
+
+
+def _configs(roles: dict[str, Quantization | None]) -> dict[str, dict | None]:
+    return {role: q.as_config() if q else None for role, q in roles.items()}
 
 
 def uniform(name: str, quantization: Quantization) -> Recipe:
@@ -71,10 +88,10 @@ def uniform(name: str, quantization: Quantization) -> Recipe:
     return Recipe(name, dict.fromkeys(ROLES, quantization) | {"mtp": Quantization(8)})
 
 
-def mixed(name: str, expert_bits: int) -> Recipe:
+def mixed(name: str, expert_bits: int, group_size: int = 64, levels: str = LEVELS[0]) -> Recipe:
     """Quantise routed experts to `expert_bits` and everything else to 8 bits."""
-    low = dict.fromkeys(("experts_gate_up", "experts_down"), Quantization(expert_bits))
-    return Recipe(name, dict.fromkeys(ROLES, Quantization(8)) | low)
+    low = dict.fromkeys(EXPERTS, Quantization(expert_bits, group_size))
+    return Recipe(name, dict.fromkeys(ROLES, Quantization(8)) | low, levels=levels)
 
 
 def unquantized(name: str, dtype: str) -> Recipe:
@@ -93,6 +110,9 @@ RECIPES = {
     "q4-mixed": mixed("q4-mixed", 4),
     "q3-mixed": mixed("q3-mixed", 3),
     "q2-mixed": mixed("q2-mixed", 2),
+    "q4-fit": mixed("q4-fit", 4, levels="fitted"),
+    "q3-fit": mixed("q3-fit", 3, levels="fitted"),
+    "q2-fit": mixed("q2-fit", 2, levels="fitted"),
 }
 
 
@@ -135,10 +155,7 @@ def from_dict(values: dict, where: str) -> Recipe:
     A role may be a number of bits, an object with `bits`, `group_size` and `mode`, or null. The
     MTP module does not follow `default`: it has 8 bits unless `mtp` says otherwise.
     """
-    unknown = [key for key in values if key not in (*ROLES, "default", "name", "dtype")]
-    if unknown:
-        roles = ", ".join(("default", *ROLES))
-        raise UserError(f"{where} has the unknown role `{unknown[0]}`", f"roles are {roles}")
+    _check_roles(values, ("default", *ROLES), where, ("name", "dtype", "levels", "layers"))
     missing = [role for role in ROLES[:-1] if role not in values]
     if missing and "default" not in values:
         raise UserError(f"{where} names neither `{missing[0]}` nor `default`", FORM)
@@ -152,7 +169,33 @@ def from_dict(values: dict, where: str) -> Recipe:
         raise UserError(f"{where} has {shown(name)} as its `name`", "a name is a text")
     if dtype not in DTYPES:
         raise UserError(f"{where} has {shown(dtype)} as its `dtype`", "it is `BF16` or `F32`")
-    return Recipe(name, parsed, dtype)
+    if (levels := values.get("levels", LEVELS[0])) not in LEVELS:
+        hint = "they are `extremes` or `fitted`"
+        raise UserError(f"{where} has {shown(levels)} as its `levels`", hint)
+    return Recipe(name, parsed, dtype, levels, _by_layer(values.get("layers", {}), where))
+
+
+def _check_roles(values: dict, roles: tuple[str, ...], where: str, others: tuple = ()) -> None:
+    if unknown := [key for key in values if key not in (*roles, *others)]:
+        hint = f"roles are {', '.join(roles)}"
+        raise UserError(f"{where} has the unknown role `{unknown[0]}`", hint)
+
+
+def _by_layer(layers, where: str) -> dict[int, dict[str, Quantization | None]]:
+    """Check `layers`: number of a layer -> role -> what stands for it there."""
+    parsed = {}
+    for number, roles in layers.items() if isinstance(layers, dict) else [("", layers)]:
+        if not number.isdecimal() or not isinstance(roles, dict):
+            raise UserError(
+                f"{where} has {shown(roles)} under `layers` for `{brief(number)}`",
+                'write `"layers": {"3": {"experts_down": 3}}`',
+            )
+        _check_roles(roles, ROLES, f"{where}, layer {number},")
+        giver = f"{where} gives layer {number}'s"
+        parsed[int(number)] = {
+            role: parse_quantization(value, f"{giver} `{role}`") for role, value in roles.items()
+        }
+    return parsed
 
 
 def parse_quantization(value, giver: str) -> Quantization | None:

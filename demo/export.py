@@ -14,19 +14,18 @@ import torch
 from safetensors.torch import save_file
 
 from demo import tokenizer
-from demo.model_config import CONFIG
 from demo.rounding import is_fp8
 from mlx_dsv3.reference.fp8 import quantize_blocks
 
 NUM_SHARDS = 4
-LAYERS = CONFIG["num_hidden_layers"]
 
 
-def hub_tensors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def hub_tensors(state: dict[str, torch.Tensor], layers: int) -> dict[str, torch.Tensor]:
     """Return every tensor of the checkpoint under its hub name and dtype."""
     state = {name: tensor.detach().cpu() for name, tensor in state.items()}
-    state[f"model.layers.{LAYERS}.embed_tokens.weight"] = state["model.embed_tokens.weight"].clone()
-    state[f"model.layers.{LAYERS}.shared_head.head.weight"] = state["lm_head.weight"].clone()
+    mtp = f"model.layers.{layers}."
+    state[mtp + "embed_tokens.weight"] = state["model.embed_tokens.weight"].clone()
+    state[mtp + "shared_head.head.weight"] = state["lm_head.weight"].clone()
     tensors = {}
     for name, tensor in state.items():
         if is_fp8(name):
@@ -73,11 +72,11 @@ def write_json(path: Path, value) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def export(state: dict[str, torch.Tensor], tok, folder: Path) -> None:
+def export(state: dict[str, torch.Tensor], config: dict, tok, folder: Path) -> None:
     """Write a whole checkpoint folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_shards(hub_tensors(state), folder)
-    write_json(folder / "config.json", CONFIG)
+    write_shards(hub_tensors(state, config["num_hidden_layers"]), folder)
+    write_json(folder / "config.json", config)
     generation = {"_from_model_config": True, "bos_token_id": 0, "eos_token_id": 1}
     write_json(folder / "generation_config.json", generation | {"transformers_version": "4.33.1"})
     tokenizer.save(tok, folder)

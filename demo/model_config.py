@@ -1,4 +1,4 @@
-"""The demo model's shape, as the hub's config.json spells it."""
+"""The shapes of the two models, as the hub's config.json spells them."""
 
 CONFIG = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -59,4 +59,12 @@ CONFIG = {
     "use_cache": True,
     "v_head_dim": 64,
     "vocab_size": 1152,  # the tokenizer has 1092 ids; the rest is padding, as in V3
+}
+
+# Deeper and narrower; every projection of an expert has whole groups of 128.
+JUDGE = CONFIG | {
+    "hidden_size": 128,
+    "moe_intermediate_size": 128,
+    "num_hidden_layers": 5,
+    "vocab_size": 2048,
 }

@@ -54,8 +54,8 @@ def render(messages: list[dict[str, str]], *, generate: bool = False) -> str:
     return text + ASSISTANT if generate else text
 
 
-def train(texts) -> Tokenizer:
-    """Train on plain text; all 256 bytes are in the alphabet, so any text has an encoding."""
+def train(texts, size: int = BASE_SIZE) -> Tokenizer:
+    """Train `size` ids and the two roles on plain text; every byte has an id, so any text has."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -67,7 +67,7 @@ def train(texts) -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=BASE_SIZE,
+        vocab_size=size,
         special_tokens=[AddedToken(t, special=True, normalized=False) for t in (BOS, EOS, PAD)],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,

@@ -1,11 +1,12 @@
-"""Train the demo model with the reference implementation and export it in the hub's FP8 layout.
+"""Train the demo model, or the judge, with the reference and export it in the hub's FP8 layout.
 
 One file from corpus to checkpoint; the arithmetic is `mlx_dsv3/reference/model.py`, of which the
 expert loop and the attention are replaced by faster forms, compared with it before the first
 step. Loss: next token, plus `MTP_WEIGHT` times the MTP module's token after next; the words of
 the user count little. Experts are balanced as DeepSeek does it, by moving the selection bias,
-without an auxiliary loss. In the last part every second step runs on weights rounded to 4 bits
-(straight through), so that a 4-bit conversion still answers.
+without an auxiliary loss. In the last part every second step of the demo model runs on weights
+rounded to 4 bits (straight through), so that a 4-bit conversion still answers; the judge, which
+is to tell good roundings from bad ones, never sees any.
 
 Time decides the schedule when --minutes is given; then another machine takes another number of
 steps.
@@ -27,7 +28,7 @@ with imports(__name__):
 
     from demo import corpus, tokenizer
     from demo.export import export
-    from demo.model_config import CONFIG
+    from demo.model_config import CONFIG, JUDGE
     from demo.rounding import four_bit_names, round_four_bit
     from mlx_dsv3.reference.model import MLA, Args, Model, MoE, apply_rope, rotation
 
@@ -35,6 +36,7 @@ MTP_WEIGHT = 0.4
 USER_WEIGHT = 0.1  # against 1 for the words of the assistant
 BALANCE_STEP = 0.002  # DeepSeek uses 0.001 over far more steps
 SHAPES = ((16, 256), (16, 256), (16, 256), (4, 1024))  # rows x tokens; long rows for long chats
+UNIT = 256  # tokens by which the judge's rows begin apart
 ROUND_FROM = 0.7  # share of the run after which every second step sees 4-bit weights
 
 
@@ -78,6 +80,31 @@ class Packer:
             batch.append((row[: length + 1], weight[: length + 1]))
         ids, weights = (torch.from_numpy(np.stack(part)) for part in zip(*batch, strict=True))
         return ids, weights
+
+
+class Windows:
+    """Rows of running text, each opening with BOS; every epoch cuts the text at other places."""
+
+    def __init__(self, ids: np.ndarray, seed: int):
+        self.ids, self.rng = ids, random.Random(seed)
+        self.order, self.epochs = [], 0
+
+    def batch(self, rows: int, length: int):
+        """Return ids and loss weights (all 1), both (rows, length + 1)."""
+        batch = np.zeros((rows, length + 1), np.int64)  # BOS has the id 0
+        for row in batch:
+            if not self.order:
+                self.epochs += 1
+                longest = max(tokens for _, tokens in SHAPES)
+                first = self.rng.randrange(longest)
+                self.order = list(range(first, len(self.ids) - longest, UNIT))
+                self.rng.shuffle(self.order)
+            start = self.order.pop()
+            for _ in range(length // UNIT - 1):  # a long row takes the turns of several
+                self.order and self.order.pop()
+            row[1:] = self.ids[start : start + length]
+        ids = torch.from_numpy(batch)
+        return ids, torch.ones(ids.shape)
 
 
 def batched_moe(self, x):
@@ -135,10 +162,10 @@ def use_fast_forms(model: Model) -> None:
             module.forward = fast.__get__(module)
 
 
-def build(seed: int) -> Model:
+def build(config: dict, seed: int) -> Model:
     """Make the model: deviation 0.02, less where a matrix writes to the residual stream."""
     torch.manual_seed(seed)
-    model = Model(Args.from_dict(CONFIG))
+    model = Model(Args.from_dict(config))
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
             writes = name.endswith(("o_proj.weight", "down_proj.weight"))
@@ -222,7 +249,7 @@ def train(model, packer, args, log) -> dict:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, tokens, before_s = state["step"], state["tokens"], state["seconds"]
-    means = np.zeros(2)
+    means, rounds = np.zeros(2), args.judge is None
     while progress < 1:
         seconds = time.time() - started + before_s
         progress = max(seconds / 60 / args.minutes, step / args.steps)
@@ -230,7 +257,7 @@ def train(model, packer, args, log) -> dict:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(min(progress, 1), step, args.lr)
         ids, weights = (t.to(args.device) for t in packer.batch(*SHAPES[step % len(SHAPES)]))
-        kept = rounded_copies(model) if progress > ROUND_FROM and step % 2 else {}
+        kept = rounded_copies(model) if rounds and progress > ROUND_FROM and step % 2 else {}
         main, mtp = losses(model, ids, weights)
         (main + MTP_WEIGHT * mtp).backward()
         restore(model, kept)
@@ -260,13 +287,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--conversations", type=int, default=200_000)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "checkpoint")
+    parser.add_argument(
+        "--judge", type=Path, metavar="TEXT", help="train the judge, on this file (demo/judge)"
+    )
+    parser.add_argument("--out", type=Path, help="folder of the checkpoint")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--state", type=Path, help="file to save to and to resume from")
     parser.add_argument("--save-every", type=int, default=200)
     parser.add_argument("--log-every", type=int, default=25)
-    return parser.parse_args()
+    args = parser.parse_args()
+    here = Path(__file__).parent
+    args.out = args.out or (here / "judge" if args.judge else here) / "checkpoint"
+    return args
 
 
 def main() -> None:
@@ -277,21 +310,33 @@ def main() -> None:
     def log(line: str) -> None:
         print(f"[{time.time() - started:7.1f}s] {line}", flush=True)
 
-    conversations = list(corpus.corpus(args.conversations, args.seed))
+    if args.judge:
+        config, texts = JUDGE, args.judge.read_text(encoding="utf-8").split("\n\n")
+        words, size = texts, JUDGE["vocab_size"] - 2
+    else:
+        config, texts = CONFIG, list(corpus.corpus(args.conversations, args.seed))
+        words, size = (m["content"] for c in texts[:40_000] for m in c), tokenizer.BASE_SIZE
     if args.state and args.state.exists():  # the weights belong to the tokenizer they began with
         tok = Tokenizer.from_file(str(args.out / "tokenizer.json"))
     else:
-        tok = tokenizer.train(m["content"] for c in conversations[:40_000] for m in c)
+        tok = tokenizer.train(words, size)
         tokenizer.save(tok, args.out)
-    pieces = tokenise(tok, conversations)
-    del conversations
-    log(f"{len(pieces)} conversations, {sum(len(p[0]) for p in pieces)} tokens")
-    model = build(args.seed).to(args.device)
+    if args.judge:
+        encoded = tok.encode_batch([text + "\n\n" for text in texts], add_special_tokens=False)
+        ids = np.concatenate([np.array(e.ids, np.int64) for e in encoded])
+        log(f"{len(ids)} tokens")
+        packer = Windows(ids, args.seed)
+    else:
+        pieces = tokenise(tok, texts)
+        log(f"{len(pieces)} conversations, {sum(len(p[0]) for p in pieces)} tokens")
+        packer = Packer(pieces, args.seed)
+    del texts, words
+    model = build(config, args.seed).to(args.device)
     use_fast_forms(model)
     log(f"{sum(p.numel() for p in model.parameters())} parameters")
-    result = train(model, Packer(pieces, args.seed), args, log)
+    result = train(model, packer, args, log)
     log(str(result))
-    export(model.state_dict(), tok, args.out)
+    export(model.state_dict(), config, tok, args.out)
     log(f"wrote {args.out.name}")
 
 

@@ -136,6 +136,12 @@ def layer_prefix(layer: int) -> str:
     return f"model.layers.{layer}."
 
 
+def layer_of(name: str) -> int | None:
+    """Return the number of the layer that a tensor belongs to; embedding and head have none."""
+    found = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
 def mtp_prefix(args: ModelArgs) -> str:
     """Return how the names of the MTP layer begin: it is the layer after the last."""
     return layer_prefix(args.num_hidden_layers)
