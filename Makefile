@@ -23,7 +23,7 @@ RESOLVE := $(UV) pip compile --quiet --universal --python-version 3.11 --fork-st
   --extra cpu --extra reference --extra test pyproject.toml
 
 LONG := demo_model/* fuzz/* parity/test_long.py parity/test_mutations.py parity/test_record.py \
-  parity/test_replay.py parity/test_damage.py parity/test_report.py parity/test_perplexity.py \
+  parity/test_replay.py parity/test_damage.py parity/test_report.py parity/test_perplexity.py parity/test_folders.py \
   test_convert*.py test_doc*.py test_emitted.py test_draft_control.py test_parallel.py \
   test_plan.py test_steps.py test_state.py test_streaming*.py test_wheel.py test_writer.py
 # A process for each core; those tests of a file that share a model stay together.

@@ -279,7 +279,8 @@ def test_flags_of_the_readme_are_in_a_help():
 
 HELPS = [("chat.py",), *(("-m", "convert", name) for name in ("plan", "run", "verify", "mtp"))]
 HELPS += [("-m", f"mlx_dsv3.reference.{name}") for name in ("record", "generate")]
-HELPS += [("-m", "mlx_dsv3.parity", *name) for name in ((), ("perplexity",), ("capacities",))]
+PARITY = ((), ("perplexity",), ("compare",), ("capacities",))
+HELPS += [("-m", "mlx_dsv3.parity", *name) for name in PARITY]
 OTHERS = {"--model", "--nproc-per-node", "--rows"}  # of mlx_lm.chat, torchrun, a benchmark
 
 

@@ -109,6 +109,7 @@ LIMITS = {
     (parsed, "needs matplotlib, which the tests do not"): [
         "python -m mlx_dsv3.parity MODEL GOLDEN [--teacher-forced] [--json] [--plot FILE.png]"
     ],
+    (parsed, "needs a longer text than the tests have"): ["python -m mlx_dsv3.parity compare *"],
     (parsed, SLOW): [
         "python -m demo.corpus --conversations 200000",
         "python -m demo.evaluate",

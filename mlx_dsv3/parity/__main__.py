@@ -1,7 +1,8 @@
-"""How far an MLX model is from the original: replay of a golden file, perplexity, capacities.
+"""How far an MLX model is from the original: replay of a golden file, perplexity, another folder.
 
     python -m mlx_dsv3.parity MODEL GOLDEN [--teacher-forced] [--json] [--plot FILE.png]
     python -m mlx_dsv3.parity perplexity MODEL FILE
+    python -m mlx_dsv3.parity compare MODEL REFERENCE FILE [FILE ...]
     python -m mlx_dsv3.parity capacities MODEL
 
 Exit status 1 outside the bounds, with the first stage that left them; 2 where a recording within
@@ -23,10 +24,13 @@ with imports(__name__):
 
     from mlx_dsv3.checkpoint.folder import Folder, open_model
     from mlx_dsv3.checkpoint.format import MANIFEST, read_manifest
-    from mlx_dsv3.load import Loaded, load_model
+    from mlx_dsv3.device import default_dtype
+    from mlx_dsv3.load import Loaded, load_model, plan_memory
     from mlx_dsv3.options import Parser, number, whole
     from mlx_dsv3.parity.bounds import HEAD, LEAST_TOKENS, RECIPES, Sources, Verdict, recipe_of
     from mlx_dsv3.parity.capacities import compare_capacities
+    from mlx_dsv3.parity.compare import as_json as comparison_json
+    from mlx_dsv3.parity.compare import compare, print_comparison, same_windows
     from mlx_dsv3.parity.golden import Golden, dtype_name, read_golden
     from mlx_dsv3.parity.perplexity import measure_perplexity
     from mlx_dsv3.parity.replay import Replay, check_same_model, same_source
@@ -34,6 +38,7 @@ with imports(__name__):
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
 CONTEXT = 2048
+COMPARED = 512  # of windows that are compared: there are more of them, and narrower intervals
 
 
 def check(args: argparse.Namespace, folder: Folder, load: Callable[..., Loaded]) -> int:
@@ -117,6 +122,34 @@ def perplexity(args: argparse.Namespace, folder: Folder, load: Callable[..., Loa
     return 0
 
 
+def compare_folders(args: argparse.Namespace, folder: Folder, load: Callable[..., Loaded]) -> int:
+    """Print how far MODEL is from REFERENCE on a text; both plans are made before either loads."""
+    folder = open_model(folder, with_mtp=False)
+    reference = open_model(args.reference, with_mtp=False)
+    args.context = args.context or min(COMPARED, folder.args.max_position_embeddings)
+    for each in (folder, reference):
+        check_length("--context", args.context, each)
+        plan_memory(each, **load.keywords)
+    found = same_windows(folder, reference, args.files, args.context, args.trust_remote_code)
+    loaders = [partial(load_model, each, **load.keywords) for each in (folder, reference)]
+    dtype = load.keywords["dtype"] or default_dtype()
+    numbers = compare(folder, reference, found, *loaders, dtype, args.keep)
+    about = {
+        "model": args.model,
+        "reference": args.reference,
+        "files": [str(file) for file in args.files],
+        "tokens": int(numbers.sizes.sum()),
+        "windows": len(found),
+        "context": args.context,
+        "activations": dtype_name(dtype),
+    }
+    if args.json:
+        print(comparison_json(about, numbers.intervals()))
+    else:
+        print_comparison(about, numbers.intervals())
+    return 0
+
+
 def capacities(args: argparse.Namespace, folder: Folder, load: Callable[..., Loaded]) -> int:
     """Compare logits at several expert capacities bit by bit; return 1 where any differs."""
     check_length("--tokens", args.tokens, folder)
@@ -140,7 +173,7 @@ def check_length(flag: str, length: int, folder: Folder) -> None:
         )
 
 
-COMMANDS = {"perplexity": perplexity, "capacities": capacities}
+COMMANDS = {"perplexity": perplexity, "compare": compare_folders, "capacities": capacities}
 
 
 def add_memory(parser: argparse.ArgumentParser) -> None:
@@ -166,10 +199,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.set_defaults(experts="auto", expert_memory=None)
     else:
         add_memory(parser)
-    if command == "perplexity":
+    if command == "compare":
+        other = "MLX folder, or hub id of one, that MODEL is compared with"
+        parser.add_argument("reference", metavar="REFERENCE", help=other)
+        texts = {"metavar": "FILE", "type": Path, "nargs": "+", "help": "texts in UTF-8"}
+        parser.add_argument("files", **texts)
+        kept = "folder where what was computed of REFERENCE stays, for other MODELs"
+        parser.add_argument("--keep", type=Path, metavar="FOLDER", help=kept)
+    elif command == "perplexity":
         parser.add_argument("file", metavar="FILE", type=Path, help="text in UTF-8")
+    if command in ("perplexity", "compare"):
         window = whole("--context", 2)
-        length = f"tokens in a window (default: {CONTEXT:,})"
+        length = f"tokens in a window (default: {COMPARED if command == 'compare' else CONTEXT:,})"
         parser.add_argument("--context", type=window, metavar="N", help=length)
         runs = "run the repository's own tokenizer code"
         parser.add_argument("--trust-remote-code", action="store_true", help=runs)

@@ -29,9 +29,7 @@ def measure_perplexity(
     """Return the figures of a text file in windows of `context` tokens, BOS included."""
     bos, text = folder.config.get("bos_token_id"), read_text(file)
     tokenizer = load_checked_tokenizer(folder.path, folder.args, folder.config, trust_remote_code)
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    if bos is not None and ids[:1] == [bos]:
-        ids = ids[1:]
+    ids = ids_of(tokenizer, text, bos)
     if not (found := list(windows(ids, bos, context))):
         few = "no tokens" if not ids else "one token, and nothing before it to predict it from"
         raise UserError(f"`{file}` has {few}", "give a longer text")
@@ -55,6 +53,12 @@ def measure_perplexity(
         # Tokens that nothing predicts (the first ones of windows without BOS) cost the mean.
         "bits_per_byte": nats * len(ids) / math.log(2) / len(text.encode("utf-8")),
     }
+
+
+def ids_of(tokenizer, text: str, bos: int | None) -> list[int]:
+    """Return the ids of a text, without a BOS at its start: each window brings its own."""
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    return ids[1:] if bos is not None and ids[:1] == [bos] else ids
 
 
 def windows(ids: list[int], bos: int | None, context: int) -> Iterator[list[int]]:
