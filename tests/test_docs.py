@@ -281,6 +281,7 @@ HELPS = [("chat.py",), *(("-m", "convert", name) for name in ("plan", "run", "ve
 HELPS += [("-m", f"mlx_dsv3.reference.{name}") for name in ("record", "generate")]
 PARITY = ((), ("perplexity",), ("compare",), ("capacities",))
 HELPS += [("-m", "mlx_dsv3.parity", *name) for name in PARITY]
+HELPS += [("-m", "mlx_dsv3.importance")]
 OTHERS = {"--model", "--nproc-per-node", "--rows"}  # of mlx_lm.chat, torchrun, a benchmark
 
 

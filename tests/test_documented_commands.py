@@ -110,6 +110,7 @@ LIMITS = {
         "python -m mlx_dsv3.parity MODEL GOLDEN [--teacher-forced] [--json] [--plot FILE.png]"
     ],
     (parsed, "needs a longer text than the tests have"): ["python -m mlx_dsv3.parity compare *"],
+    (parsed, "needs a text of 1,024 tokens"): ["python -m mlx_dsv3.importance MODEL --text *"],
     (parsed, SLOW): [
         "python -m demo.corpus --conversations 200000",
         "python -m demo.evaluate",

@@ -24,6 +24,7 @@ ROWS = [
     {"generate", "parity"},
     {"conversation"},
     {"terminal"},
+    {"importance"},
     {"programs"},
 ]
 # The second opinion shares no code with the others.

@@ -73,6 +73,7 @@ def test_the_reference_needs_no_mlx(tmp_path, checkpoint):
         ("demo.evaluate", "torch"),
         ("convert", "mlx"),
         ("mlx_dsv3.parity", "mlx"),
+        ("mlx_dsv3.importance", "mlx"),
     ],
 )
 def test_a_program_names_the_package_it_lacks(module, missing):

@@ -1,4 +1,4 @@
-"""How much each input channel of a linear layer counts: a file that a text was run for.
+"""How much each input channel of a linear layer counts: written by `mlx_dsv3.importance`.
 
 A safetensors file with the mean square of every channel over the rows of a text, float32, by the
 converter's names of modules: (in,) for most, (H, 1, in) where a layer has a matrix for each head.
@@ -30,7 +30,7 @@ ROUTED = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)(\d+)\.(gate|up|down)_
 DRAWN = 8
 LEAST_ROWS, LEAST_EXPERT_ROWS = 1024, 16  # in all; for each routed expert, on average
 MOST_ROWS = 10**15  # of an expert: sums stay within 64 bits
-HINT = "measure one with this model and a text"
+HINT = "`python -m mlx_dsv3.importance MODEL --text FILE OUT` measures one"
 
 
 def shapes(args: ModelArgs, with_mtp: bool) -> dict[str, tuple[int, ...]]:

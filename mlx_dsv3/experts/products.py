@@ -57,13 +57,13 @@ def compute_experts(bank, x: mx.array, slots: mx.array, is_sorted: bool) -> mx.a
 
 def compute_in_numpy(bank, x: np.ndarray, tokens: np.ndarray, slots: np.ndarray) -> mx.array:
     """Return (n, D) for rows of x (T, D), sorted by slot (n,): one dense product per expert."""
-    out = np.empty((len(tokens), x.shape[1]), x.dtype)
+    outs = []
     bounds = [*np.flatnonzero(np.diff(slots, prepend=-1)), len(slots)]
     for begin, end in pairwise(bounds):
         gate_up = bank.gate_up.multiply(x[tokens[begin:end]], slots[begin])  # (rows, 2 F)
         hidden = swiglu(*mx.split(mx.array(gate_up), 2, axis=-1))
-        out[begin:end] = bank.down.multiply(np.array(hidden), slots[begin])
-    return mx.array(out)
+        outs.append(bank.down.multiply(np.array(hidden), slots[begin]))
+    return mx.array(np.concatenate(outs))
 
 
 def wants_sorted(num_rows: int, bank) -> bool:
