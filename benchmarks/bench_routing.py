@@ -2,9 +2,11 @@
 
     python benchmarks/bench_routing.py --replay TRACE [--slots N ...]
     python benchmarks/bench_routing.py --predict MODEL --text FILE
+    python benchmarks/bench_routing.py --record MODEL --text FILE --out TRACE
 
 --replay  hit rates of replacement policies at several capacities, on a trace that `chat.py --trace`
-          wrote; `optimal` (Belady) knows the future and bounds what any policy can reach
+          or `--record` wrote; `optimal` (Belady) knows the future and bounds what any can reach
+--record  the trace of a text, as if each of its tokens had been decoded: the judge has no chat
 --predict how many of a layer's experts its router names when it is asked one layer early
 
 A trace has one line for each MoE layer and call: [layer, [[expert ids of a token], ...]].
@@ -23,8 +25,10 @@ from conditions import print_conditions
 from mlx_dsv3.errors import run_program
 from mlx_dsv3.load import load
 from mlx_dsv3.model.moe import MoE
+from mlx_dsv3.terminal.trace import Trace
 
 AGE_EVERY, CAP = 64, 12  # of the frequency policy: counts are halved and capped
+CONTEXT = 512  # tokens of a recorded window; each one knows nothing of the others
 
 
 def read_trace(path: Path) -> dict[int, list[list[int]]]:
@@ -116,6 +120,18 @@ def replay(path: Path, capacities: list[int] | None) -> list[dict]:
     return rows
 
 
+def record(folder: Path, text: str, out: Path) -> list[dict]:
+    """Write the experts of each token of a text; a token's choice needs no step of its own."""
+    with load(folder) as loaded:
+        ids = loaded.tokenizer.encode(text, add_special_tokens=False)
+        trace = Trace(loaded.store, out)
+        for first in range(0, len(ids), CONTEXT):
+            mx.eval(loaded.model.hidden(mx.array([ids[first : first + CONTEXT]])))
+        trace.close()
+    print(f"recorded {len(ids)} tokens in windows of {CONTEXT}")
+    return [{"tokens": len(ids)}]
+
+
 def predict(folder: Path, text: str) -> list[dict]:
     """Apply each MoE layer's router to the state one layer earlier; return its recall.
 
@@ -157,14 +173,21 @@ def main() -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--replay", type=Path, metavar="TRACE")
     what.add_argument("--predict", type=Path, metavar="MODEL")
+    what.add_argument("--record", type=Path, metavar="MODEL")
     parser.add_argument("--slots", type=int, nargs="+", help="capacities for --replay")
-    parser.add_argument("--text", type=Path, help="text for --predict")
+    parser.add_argument("--text", type=Path, help="text for --predict and --record")
+    parser.add_argument("--out", type=Path, metavar="TRACE", help="file for --record")
     options = parser.parse_args()
-    if options.predict and options.text is None:
-        parser.error("`--predict` needs a `--text`")
+    if not options.replay and options.text is None:
+        parser.error("`--predict` and `--record` need a `--text`")
+    if options.record and options.out is None:
+        parser.error("`--record` needs an `--out`")
     conditions = print_conditions()
     if options.replay:
         result = {"replay": replay(options.replay, options.slots)}
+    elif options.record:
+        text = options.text.read_text(encoding="utf-8")
+        result = {"record": record(options.record, text, options.out)}
     else:
         text = options.text.read_text(encoding="utf-8")
         result = {"predict": predict(options.predict, text)}

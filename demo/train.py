@@ -1,12 +1,14 @@
 """Train the demo model, or the judge, with the reference and export it in the hub's FP8 layout.
 
-One file from corpus to checkpoint; the arithmetic is `mlx_dsv3/reference/model.py`, of which the
-expert loop and the attention are replaced by faster forms, compared with it before the first
-step. Loss: next token, plus `MTP_WEIGHT` times the MTP module's token after next; the words of
-the user count little. Experts are balanced as DeepSeek does it, by moving the selection bias,
-without an auxiliary loss. In the last part every second step of the demo model runs on weights
-rounded to 4 bits (straight through), so that a 4-bit conversion still answers; the judge, which
-is to tell good roundings from bad ones, never sees any.
+    python -m demo.train --minutes 36 --seed 0
+    python -m demo.train --judge build/judge-text/train.txt --minutes 70 --seed 0
+
+The arithmetic is `mlx_dsv3/reference/model.py`, of which the expert loop and the attention are
+replaced by faster forms, compared with it before the first step. Loss: next token, plus
+`MTP_WEIGHT` times the MTP module's token after next. Experts are balanced as DeepSeek does it, by
+moving the selection bias, without an auxiliary loss. In the last part every second step of the
+demo model runs on weights rounded to 4 bits (straight through), so that a 4-bit conversion still
+answers; the judge, which is to tell good roundings from bad ones, never sees any.
 
 Time decides the schedule when --minutes is given; then another machine takes another number of
 steps.
@@ -14,7 +16,6 @@ steps.
 
 import argparse
 import math
-import random
 import time
 from pathlib import Path
 
@@ -27,84 +28,15 @@ with imports(__name__):
     from tokenizers import Tokenizer
 
     from demo import corpus, tokenizer
+    from demo.batches import SHAPES, Packer, Windows, tokenise
     from demo.export import export
     from demo.model_config import CONFIG, JUDGE
     from demo.rounding import four_bit_names, round_four_bit
     from mlx_dsv3.reference.model import MLA, Args, Model, MoE, apply_rope, rotation
 
 MTP_WEIGHT = 0.4
-USER_WEIGHT = 0.1  # against 1 for the words of the assistant
 BALANCE_STEP = 0.002  # DeepSeek uses 0.001 over far more steps
-SHAPES = ((16, 256), (16, 256), (16, 256), (4, 1024))  # rows x tokens; long rows for long chats
-UNIT = 256  # tokens by which the judge's rows begin apart
 ROUND_FROM = 0.7  # share of the run after which every second step sees 4-bit weights
-
-
-def tokenise(tok, conversations) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return ids and loss weights of each rendered conversation."""
-    assistant, end = tok.token_to_id(tokenizer.ASSISTANT), tok.token_to_id(tokenizer.EOS)
-    pieces = []
-    for encoding in tok.encode_batch(
-        [tokenizer.render(c) for c in conversations], add_special_tokens=False
-    ):
-        ids = np.array(encoding.ids, dtype=np.int64)
-        opened, closed = (ids == assistant).cumsum(), (ids == end).cumsum()
-        inside = (opened > closed) & (ids != assistant) | (ids == end)  # the reply and its EOS
-        pieces.append((ids, np.where(inside, 1.0, USER_WEIGHT).astype(np.float32)))
-    return pieces
-
-
-class Packer:
-    """Fill rows with whole conversations, each opening with BOS; the last is cut."""
-
-    def __init__(self, pieces, seed: int):
-        self.pieces, self.rng = pieces, random.Random(seed)
-        self.order = []
-        self.epochs = 0
-
-    def draw(self):
-        if not self.order:
-            self.order = list(range(len(self.pieces)))
-            self.rng.shuffle(self.order)
-            self.epochs += 1
-        return self.pieces[self.order.pop()]
-
-    def batch(self, rows: int, length: int):
-        """Return ids and loss weights, both (rows, length + 1)."""
-        batch = []
-        for _ in range(rows):
-            row, weight = self.draw()
-            while len(row) < length + 1:
-                more, more_weight = self.draw()
-                row, weight = np.concatenate([row, more]), np.concatenate([weight, more_weight])
-            batch.append((row[: length + 1], weight[: length + 1]))
-        ids, weights = (torch.from_numpy(np.stack(part)) for part in zip(*batch, strict=True))
-        return ids, weights
-
-
-class Windows:
-    """Rows of running text, each opening with BOS; every epoch cuts the text at other places."""
-
-    def __init__(self, ids: np.ndarray, seed: int):
-        self.ids, self.rng = ids, random.Random(seed)
-        self.order, self.epochs = [], 0
-
-    def batch(self, rows: int, length: int):
-        """Return ids and loss weights (all 1), both (rows, length + 1)."""
-        batch = np.zeros((rows, length + 1), np.int64)  # BOS has the id 0
-        for row in batch:
-            if not self.order:
-                self.epochs += 1
-                longest = max(tokens for _, tokens in SHAPES)
-                first = self.rng.randrange(longest)
-                self.order = list(range(first, len(self.ids) - longest, UNIT))
-                self.rng.shuffle(self.order)
-            start = self.order.pop()
-            for _ in range(length // UNIT - 1):  # a long row takes the turns of several
-                self.order and self.order.pop()
-            row[1:] = self.ids[start : start + length]
-        ids = torch.from_numpy(batch)
-        return ids, torch.ones(ids.shape)
 
 
 def batched_moe(self, x):
@@ -240,7 +172,7 @@ def restore(model, kept: dict) -> None:
         parameters[name].data = data
 
 
-def train(model, packer, args, log) -> dict:
+def train(model, batches, args, log) -> dict:
     """Run the schedule; return what the README records."""
     optimizer, balancer = make_optimizer(model, args.lr), Balancer(model)
     started, step, tokens, progress, before_s = time.time(), 0, 0, 0.0, 0.0
@@ -256,7 +188,7 @@ def train(model, packer, args, log) -> dict:
         step += 1
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(min(progress, 1), step, args.lr)
-        ids, weights = (t.to(args.device) for t in packer.batch(*SHAPES[step % len(SHAPES)]))
+        ids, weights = (t.to(args.device) for t in batches.batch(*SHAPES[step % len(SHAPES)]))
         kept = rounded_copies(model) if rounds and progress > ROUND_FROM and step % 2 else {}
         main, mtp = losses(model, ids, weights)
         (main + MTP_WEIGHT * mtp).backward()
@@ -272,7 +204,7 @@ def train(model, packer, args, log) -> dict:
             means[:] = 0
             log(
                 f"step {step} loss {main_mean:.4f} mtp {mtp_mean:.4f} load {worst:.2f} "
-                f"tokens {tokens} epoch {packer.epochs} minutes {seconds / 60:.1f}"
+                f"tokens {tokens} epoch {batches.epochs} minutes {seconds / 60:.1f}"
             )
         if args.state and step % args.save_every == 0:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -302,6 +234,35 @@ def parse() -> argparse.Namespace:
     return args
 
 
+def open_tokenizer(args, words, size: int) -> Tokenizer:
+    """Train and save the tokenizer, or take that of a saved state: its weights belong to it."""
+    if args.state and args.state.exists():
+        return Tokenizer.from_file(str(args.out / "tokenizer.json"))
+    tok = tokenizer.train(words, size)
+    tokenizer.save(tok, args.out)
+    return tok
+
+
+def demo(args, log) -> tuple[dict, Tokenizer, Packer]:
+    """Return the demo model's config, tokenizer and conversations."""
+    texts = list(corpus.corpus(args.conversations, args.seed))
+    words = (m["content"] for c in texts[:40_000] for m in c)
+    tok = open_tokenizer(args, words, tokenizer.BASE_SIZE)
+    pieces = tokenise(tok, texts)
+    log(f"{len(pieces)} conversations, {sum(len(p[0]) for p in pieces)} tokens")
+    return CONFIG, tok, Packer(pieces, args.seed)
+
+
+def judge(args, log) -> tuple[dict, Tokenizer, Windows]:
+    """Return the judge's config, tokenizer and text, which has a blank line between passages."""
+    texts = args.judge.read_text(encoding="utf-8").split("\n\n")
+    tok = open_tokenizer(args, texts, JUDGE["vocab_size"] - 2)
+    encoded = tok.encode_batch([text + "\n\n" for text in texts], add_special_tokens=False)
+    ids = np.concatenate([np.array(e.ids, np.int64) for e in encoded])
+    log(f"{len(ids)} tokens")
+    return JUDGE, tok, Windows(ids, args.seed)
+
+
 def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
@@ -310,31 +271,11 @@ def main() -> None:
     def log(line: str) -> None:
         print(f"[{time.time() - started:7.1f}s] {line}", flush=True)
 
-    if args.judge:
-        config, texts = JUDGE, args.judge.read_text(encoding="utf-8").split("\n\n")
-        words, size = texts, JUDGE["vocab_size"] - 2
-    else:
-        config, texts = CONFIG, list(corpus.corpus(args.conversations, args.seed))
-        words, size = (m["content"] for c in texts[:40_000] for m in c), tokenizer.BASE_SIZE
-    if args.state and args.state.exists():  # the weights belong to the tokenizer they began with
-        tok = Tokenizer.from_file(str(args.out / "tokenizer.json"))
-    else:
-        tok = tokenizer.train(words, size)
-        tokenizer.save(tok, args.out)
-    if args.judge:
-        encoded = tok.encode_batch([text + "\n\n" for text in texts], add_special_tokens=False)
-        ids = np.concatenate([np.array(e.ids, np.int64) for e in encoded])
-        log(f"{len(ids)} tokens")
-        packer = Windows(ids, args.seed)
-    else:
-        pieces = tokenise(tok, texts)
-        log(f"{len(pieces)} conversations, {sum(len(p[0]) for p in pieces)} tokens")
-        packer = Packer(pieces, args.seed)
-    del texts, words
+    config, tok, batches = judge(args, log) if args.judge else demo(args, log)
     model = build(config, args.seed).to(args.device)
     use_fast_forms(model)
     log(f"{sum(p.numel() for p in model.parameters())} parameters")
-    result = train(model, packer, args, log)
+    result = train(model, batches, args, log)
     log(str(result))
     export(model.state_dict(), config, tok, args.out)
     log(f"wrote {args.out.name}")

@@ -11,7 +11,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")]
-PAGES += [ROOT / "demo/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += [
+    ROOT / "demo/README.md",
+    ROOT / "demo/judge/README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 SOURCES = [ROOT / "chat.py", ROOT / "tests/demo_model/identical.py"]
 SOURCES += [
     path

