@@ -25,6 +25,8 @@ with imports(__name__):
     from convert.source import Source, open_folder
     from mlx_dsv3.checkpoint.format import MANIFEST
     from mlx_dsv3.checkpoint.hub import Repo, is_repo_id
+    from mlx_dsv3.checkpoint.importance import Importance
+    from mlx_dsv3.checkpoint.importance import read as read_importance
     from mlx_dsv3.options import Parser, whole
     from mlx_dsv3.sizes import size
 
@@ -65,6 +67,9 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="with a hub id: delete each shard when its tensors are converted",
     )
+    for command in (plan, convert, check):
+        measured = "what `mlx_dsv3.importance` measured: fitted levels go by it"
+        command.add_argument("--importance", type=filled, metavar="FILE", help=measured)
     check.add_argument("--source", type=filled, help="derive a sample again from this checkpoint")
     check.add_argument("--revision", type=filled, help="with a hub id: branch, tag or commit")
     check.add_argument("--full", action="store_true", help="with --source: derive everything")
@@ -100,8 +105,26 @@ def open_source(args: argparse.Namespace, only_mtp: bool = False) -> tuple[Sourc
 
 def make_plan(args: argparse.Namespace) -> tuple[Plan, Shards | None]:
     recipe = recipes.choose(args.recipe, args.q_bits, args.q_group_size, args.q_mode)
+    importance = open_importance(args, recipe)
     source, shards = open_source(args)
-    return build(source, recipe, "stacked" if args.stacked else "records"), shards
+    plan = build(source, recipe, "stacked" if args.stacked else "records", importance)
+    if importance:
+        importance.check(source.args, plan.identity)
+    return plan, shards
+
+
+def open_importance(args: argparse.Namespace, recipe: recipes.Recipe) -> Importance | None:
+    """Read FILE of `--importance`, for a recipe that has a use for it."""
+    if args.importance is None:
+        return None
+    if recipe.levels != "fitted" and getattr(args, "fit_memory", None) is None:
+        fitted = [name for name, known in recipes.RECIPES.items() if known.levels == "fitted"]
+        raise UserError(
+            f"`--importance` has no use in the recipe `{recipe.name}`, whose levels are "
+            f"`{recipe.levels}`",
+            f"fitted levels take it: `--recipe` {', '.join(fitted)}",
+        )
+    return read_importance(args.importance)
 
 
 def keep_revision(args: argparse.Namespace, destination: Destination, progress: Progress) -> None:
@@ -171,15 +194,17 @@ def mtp_command(args: argparse.Namespace) -> None:
 
 def verify_command(args: argparse.Namespace) -> int:
     """Print the errors by role and what was found; return 1 when that is anything."""
-    if args.full and not args.source:
-        raise UserError("`--full` needs `--source`", "name the checkpoint of the conversion")
+    for flag in ("full", "importance"):
+        if getattr(args, flag) and not args.source:
+            raise UserError(f"`--{flag}` needs `--source`", "name the checkpoint of the conversion")
     manifest = verify.open_manifest(args.dest)
     findings, num_derived = [*verify.check_files(args.dest, manifest, args.jobs)], 0
     if not findings:  # damaged headers would only be reported twice
         findings += verify.check_values(args.dest, manifest, args.jobs)
     if args.source and not findings:
         source, _ = open_source(args, only_mtp=manifest["layout"] == "mtp")
-        plan = verify.plan_again(manifest, source)
+        importance = read_importance(args.importance) if args.importance else None
+        plan = verify.plan_again(manifest, source, importance)
         findings += verify.check_headers(args.dest, plan)
         if not findings:
             again = [*verify.check_against_source(args.dest, manifest, plan, args.full)]

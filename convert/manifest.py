@@ -54,6 +54,7 @@ def make_manifest(plan: Plan, done: dict[int, Done], files: dict[str, dict]) -> 
         "source": plan.identity.as_dict()
         | {"tensors": len(plan.source.tensors), "bytes": plan.source.nbytes},
         "recipe": plan.recipe.as_dict(),
+        **importance_entry(plan),
         "layout": plan.layout,
         "plan": plan.digest,
         "versions": {"mlx": mx.__version__},
@@ -62,6 +63,14 @@ def make_manifest(plan: Plan, done: dict[int, Done], files: dict[str, dict]) -> 
         "files": files,
     }
     return manifest | {"digest": manifest_digest(manifest)}
+
+
+def importance_entry(plan: Plan) -> dict:
+    """Return what conversion.json says of the importance: nothing where there was none."""
+    if plan.importance is None:
+        return {}
+    found = plan.importance
+    return {"importance": {"file": found.path.name, "sha256": found.sha256}}
 
 
 def manifest_digest(manifest: dict) -> str:

@@ -18,6 +18,7 @@ from convert.recipe import Recipe
 from convert.source import Source
 from mlx_dsv3.checkpoint.format import FORMAT, SCALE_SUFFIX, Quantization
 from mlx_dsv3.checkpoint.headers import DTYPE_BYTES
+from mlx_dsv3.checkpoint.importance import Importance
 
 
 class Part(NamedTuple):
@@ -118,6 +119,7 @@ class Plan:
     with_mtp: bool
     files: dict[str, OutputFile]
     units: list[Unit]
+    importance: Importance | None = None
 
     @property
     def nbytes(self) -> int:
@@ -132,6 +134,8 @@ class Plan:
         digest = hashlib.sha256()
         recipe = self.recipe.as_dict() | {"name": None}
         head = [FORMAT, self.layout, self.source.headers_sha256, self.source.config, recipe]
+        if self.importance:
+            head.append(self.importance.sha256)
         digest.update(json.dumps(head, sort_keys=True).encode())
         for unit in self.units:
             digest.update(repr((unit.rule, unit.sources, unit.rows, unit.file)).encode())

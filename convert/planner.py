@@ -24,13 +24,19 @@ from convert.plan import Module, OutputFile, Part, Plan, Target, Unit
 from convert.recipe import Recipe
 from convert.source import Source
 from mlx_dsv3.checkpoint.format import SIDECAR, experts_file, layer_of, module_path, trunk_file
+from mlx_dsv3.checkpoint.importance import Importance
 
 TRUNK_FILE_BYTES = 5 * 10**9
 BLOCK_ELEMENTS = 16 << 20  # 64 MB as float32: no matrix of an expert of V3 is split
 RECORD_ALIGNMENT = 16 << 10  # a page of Apple Silicon: uncached reads are direct from there on
 
 
-def build(source: Source, recipe: Recipe, layout: str = "records") -> Plan:
+def build(
+    source: Source,
+    recipe: Recipe,
+    layout: str = "records",
+    importance: Importance | None = None,
+) -> Plan:
     """Check the source's tensors and plan its conversion; raise `UserError` where it cannot.
 
     `layout` arranges the routed experts as `records` or `stacked`; `mtp` plans the sidecar alone.
@@ -41,7 +47,8 @@ def build(source: Source, recipe: Recipe, layout: str = "records") -> Plan:
         planner.add_main_model(layout)
     if with_mtp:
         planner.add_sidecar()
-    return Plan(source, recipe, layout, with_mtp, planner.files, planner.ordered_units())
+    units = planner.ordered_units()
+    return Plan(source, recipe, layout, with_mtp, planner.files, units, importance)
 
 
 class _Pending(NamedTuple):

@@ -57,7 +57,7 @@ def print_plan(plan: Plan, disk_peak: int | None) -> None:
     print(
         f"\nsource  {len(source.tensors):,} tensors in {len(source.shard_bytes):,} shards, "
         f"{size(source.nbytes)}; {'with' if plan.with_mtp else 'without'} MTP layer\n"
-        f"result  {len(plan.files):,} files, {size(plan.nbytes)} with `{recipe}`\n"
+        f"result  {len(plan.files):,} files, {size(plan.nbytes)} with `{recipe}`{weighed(plan)}\n"
         f"disk    {disk_needs(plan, disk_peak)}\n"
         f"memory  {size(memory['resident_bytes'])} to run resident; streamed from "
         f"{size(memory['streamed_bytes'])}, or {size(memory['quarter_bytes'])}\n"
@@ -66,6 +66,11 @@ def print_plan(plan: Plan, disk_peak: int | None) -> None:
         f"time    about {minutes_of_arithmetic(plan):.0f} min of arithmetic on one core or GPU "
         f"here, if the disk keeps up"
     )
+
+
+def weighed(plan: Plan) -> str:
+    """Say by which importance the levels are fitted."""
+    return f", weighed by `{in_line(plan.importance.path.name)}`" if plan.importance else ""
 
 
 def disk_needs(plan: Plan, disk_peak: int | None) -> str:

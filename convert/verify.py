@@ -41,8 +41,10 @@ from mlx_dsv3.checkpoint.format import (
     read_manifest,
 )
 from mlx_dsv3.checkpoint.headers import TensorInfo, read_header
+from mlx_dsv3.checkpoint.importance import Importance
 from mlx_dsv3.checkpoint.unfinished import how_to_finish
 from mlx_dsv3.errors import UserError
+from mlx_dsv3.json_files import brief
 
 # Besides a model's small files: weights, and the folder in which tokenizers look for templates.
 WEIGHT_FILES = ("*.safetensors", "additional_chat_templates")
@@ -137,9 +139,11 @@ def is_finite(tensor: TensorInfo) -> bool:
     return True
 
 
-def plan_again(manifest: dict, source: Source) -> Plan:
-    """Plan the conversion of a manifest again; refuse a source that is another one."""
-    plan = build(source, recipes.from_dict(manifest["recipe"], f"`{MANIFEST}`"), manifest["layout"])
+def plan_again(manifest: dict, source: Source, importance: Importance | None = None) -> Plan:
+    """Plan the conversion of a manifest again; refuse another source, or another importance."""
+    check_importance(manifest, importance)
+    recipe = recipes.from_dict(manifest["recipe"], f"`{MANIFEST}`")
+    plan = build(source, recipe, manifest["layout"], importance)
     noted = manifest["source"]
     if plan.digest != manifest["plan"] or plan.identity.is_that_of(noted) is False:
         where = "the folder that was converted"
@@ -147,6 +151,21 @@ def plan_again(manifest: dict, source: Source) -> Plan:
             where = f"`--source {noted['id']} --revision {noted.get('revision')}`"
         raise UserError(f"the source is not the one that {MANIFEST} was made from", f"give {where}")
     return plan
+
+
+def check_importance(manifest: dict, importance: Importance | None) -> None:
+    """Refuse a file that is not the one of the conversion; its name may be another."""
+    noted = manifest.get("importance") or {}
+    if noted.get("sha256") == (importance and importance.sha256):
+        return
+    if not noted:
+        raise UserError(f"{MANIFEST} names no importance", "repeat it without `--importance`")
+    name = brief(noted["file"])
+    what = f"`{importance.path}` is another file" if importance else "without it nothing follows"
+    raise UserError(
+        f"the folder was converted with the importance `{name}`; {what}",
+        "`--importance FILE` gives that file",
+    )
 
 
 def check_headers(folder: Path, plan: Plan) -> Iterator[str]:

@@ -12,6 +12,7 @@ from refusal import refusal
 from streamed import CONFIG, load_with, write_experts
 from tiny import A, B
 
+from convert.__main__ import main as convert
 from mlx_dsv3.checkpoint.importance import DRAWN, Importance, least_rows, read, shapes
 from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.errors import UserError, run_main
@@ -238,6 +239,50 @@ def test_the_least_rows_follow_the_experts():
     v3 = SimpleNamespace(n_routed_experts=256, num_experts_per_tok=8)
     assert least_rows(v3) == 1024
     assert least_rows(SimpleNamespace(n_routed_experts=384, num_experts_per_tok=4)) == 1536
+
+
+CHANGES = {
+    "which has values that are not finite": {"lm_head": NAN},
+    "which has values below 0": {"lm_head": LESS},
+    "of another model: `lm_head` has [65]": {"lm_head": np.ones(65, "<f4")},
+    "has 900 rows; 1,024 are the least": {"rows": "900"},
+}
+
+
+def put(path: Path, **changes) -> Path:
+    try:
+        stored(path, **changes)
+    except UserError:
+        pass  # it is there
+    return path
+
+
+def test_a_conversion_takes_a_file_and_verify_the_same(folders, tmp_path, capsys):
+    hub, out, file = folders / "hub", tmp_path / "out", put(tmp_path / "i.safetensors")
+    flags = ["--recipe", "q2-fit", "--importance"]
+    for words, changes in CHANGES.items():
+        bad = put(tmp_path / "bad", **changes)
+        assert words in refusal(capsys, convert, "plan", hub, *flags, bad)
+        assert words in refusal(capsys, convert, "run", hub, out, *flags, bad)
+    assert not out.exists()
+    error = refusal(capsys, convert, "run", hub, out, "--importance", file)
+    assert "has no use in the recipe `q4`, whose levels are `extremes`" in error
+    assert convert(["plan", str(hub), *flags, str(file)]) == 0
+    assert "with `q2-fit`, weighed by `i.safetensors`" in capsys.readouterr().out
+    assert convert(["run", str(hub), str(out), *flags, str(file)]) == 0
+    noted = json.loads((out / "conversion.json").read_text())["importance"]
+    assert noted == {"file": file.name, "sha256": read(file).sha256}
+    again = ["verify", out, "--source", hub]
+    assert "without it nothing follows" in refusal(capsys, convert, *again)
+    other = put(tmp_path / "other", rows="6000")
+    assert "is another file" in refusal(capsys, convert, *again, "--importance", other)
+    assert convert([*map(str, again), "--full", "--importance", str(file)]) == 0
+    error = refusal(capsys, convert, "verify", out, "--importance", file)
+    assert "`--importance` needs `--source`" in error
+    error = refusal(
+        capsys, convert, "verify", folders / "out", "--source", hub, "--importance", file
+    )
+    assert "names no importance" in error
 
 
 @pytest.fixture

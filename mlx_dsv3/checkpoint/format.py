@@ -228,6 +228,10 @@ def read_manifest(folder: Path) -> dict:
     for name in ("source", "recipe", "roles", "files"):
         need(isinstance(manifest.get(name), dict), name, manifest.get(name))
     need(isinstance(manifest["recipe"].get("name"), str), "recipe", manifest["recipe"])
+    importance = manifest.get("importance", {"file": "", "sha256": ""})
+    texts = importance.values() if isinstance(importance, dict) else [None]
+    is_good = all(isinstance(text, str) for text in texts) and {*importance} == {"file", "sha256"}
+    need(is_good, "importance", importance)
     for name, value in manifest["source"].items():
         kinds = int if name in ("tensors", "bytes") else str | None
         need(isinstance(value, kinds), f"source.{name}", value)
