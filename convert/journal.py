@@ -30,7 +30,10 @@ HEAD = {"recipe": str, "plan": str, "units": int, "mlx": str, "device": str}
 
 
 class Done(NamedTuple):
-    """A finished unit: digest of its bytes, and [squared errors, squares] for each target."""
+    """A finished unit: digest of its bytes, and the sums of `error_sums` for each target.
+
+    Fitted levels have a third one: the squared errors that `extremes` would have had.
+    """
 
     sha256: str
     errors: list[list[float] | None]
@@ -193,7 +196,7 @@ def _are_indexes(units: object) -> bool:
     return are_numbers and len(set(units)) == len(units)
 
 
-def _are_sums(pair: object) -> bool:
-    """Say whether these are a sum of squared errors and one of squares."""
-    is_pair = isinstance(pair, list) and len(pair) == 2
-    return is_pair and all(isinstance(n, int | float) and 0 <= n < math.inf for n in pair)
+def _are_sums(sums: object) -> bool:
+    """Say whether these are sums of squared errors and of squares, and perhaps a third one."""
+    is_pair = isinstance(sums, list) and len(sums) in (2, 3)
+    return is_pair and all(isinstance(n, int | float) and 0 <= n < math.inf for n in sums)

@@ -126,14 +126,14 @@ def role_entries(plan: Plan, done: dict[int, Done]) -> dict[str, dict]:
     """Return conversion.json's table: size, bits and relative RMS error of every role.
 
     Errors are summed in the order of the units, so that they do not depend on the order of work.
+    With fitted levels the error of `extremes` stands beside, both weighed by the importance.
     """
-    sums: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0]))
+    sums: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for unit in plan.units:
         for target, errors in zip(unit.targets, done[unit.index].errors, strict=True):
             if errors:
                 total = sums[target.role][target.path]
-                total[0] += errors[0]
-                total[1] += errors[1]
+                total[:] = map(sum, zip(total or [0.0] * len(errors), errors, strict=True))
     entries = {}
     for row in role_rows(plan):
         entries[row.role] = {
@@ -149,11 +149,13 @@ def role_entries(plan: Plan, done: dict[int, Done]) -> dict[str, dict]:
 def _role_errors(tensors: dict[str, list[float]] | None) -> dict:
     if not tensors:
         return {}
-    relative = {name: _relative(*pair) for name, pair in tensors.items()}
+    relative = {name: _relative(*sums[:2]) for name, sums in tensors.items()}
     worst = max(relative, key=relative.get)
-    total = [sum(pair[i] for pair in tensors.values()) for i in (0, 1)]
+    errors, squares, *plain = map(sum, zip(*tensors.values(), strict=True))
+    beside = {"extremes_rms_error": _relative(plain[0], squares)} if plain else {}
     return {
-        "relative_rms_error": _relative(*total),
+        "relative_rms_error": _relative(errors, squares),
+        **beside,
         "worst": {"tensor": worst, "relative_rms_error": relative[worst]},
     }
 

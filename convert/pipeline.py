@@ -41,7 +41,7 @@ def evaluate(
 def _start(item: tuple[Unit, list[Raw]], plan: Plan, stream: mx.Stream) -> tuple:
     unit, raws = item
     with mx.stream(stream):
-        outputs = derive(unit, raws, plan.source.args, plan.source.block)
+        outputs = derive(unit, raws, plan)
         mx.async_eval(outputs)
     return unit, outputs
 

@@ -64,6 +64,10 @@ class Recipe:
         return chosen if chosen and chosen.fits(width) else None
 
     @property
+    def is_fitted(self) -> bool:
+        return self.levels == "fitted"
+
+    @property
     def default(self) -> Quantization | None:
         """Return what config.json names for every module; others are listed by path."""
         stored = [q for role, q in self.by_role.items() if q and role != "mtp"]

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from convert.dequantize import dequantize_blocks
 from convert.plan import Plan, role_rows
+from convert.quantize import store
 from mlx_dsv3.checkpoint.format import EXPERT_KEY
 from mlx_dsv3.errors import in_line
 from mlx_dsv3.sizes import size
@@ -113,7 +114,7 @@ def minutes_of_arithmetic(plan: Plan) -> float:
     for _ in range(3):
         began = time.perf_counter()
         matrix = dequantize_blocks(codes, scale, (128, 128))
-        mx.eval(mx.quantize(matrix, **settings.as_config()) if settings else matrix)
+        mx.eval(store(matrix, settings, plan.recipe.dtype, plan.recipe.is_fitted))
         seconds.append(time.perf_counter() - began)
     weights = sum(row.weights for row in role_rows(plan))
     return min(seconds) / (rows * columns) * weights / 60
@@ -146,8 +147,13 @@ def plan_as_dict(plan: Plan) -> dict:
 
 
 def print_errors(roles: dict) -> None:
-    """Print conversion.json's errors by role; they are root mean squares of samples."""
-    table = compact_table("role", "size", "bits", "error", "worst", "worst tensor")
+    """Print conversion.json's errors by role; they are root mean squares of samples.
+
+    Where levels were fitted, `extremes` is what the same weights would have lost without.
+    """
+    is_fitted = any("extremes_rms_error" in row for row in roles.values())
+    beside = ["extremes"] if is_fitted else []
+    table = compact_table("role", "size", "bits", "error", *beside, "worst", "worst tensor")
     table.columns[-1].no_wrap = False
     for role, row in roles.items():
         worst = row.get("worst", {})
@@ -156,6 +162,7 @@ def print_errors(roles: dict) -> None:
             size(row["bytes"]),
             f"{row['bits_per_weight']:.2f}",
             f"{row.get('relative_rms_error', 0):.2%}",
+            *[f"{row.get('extremes_rms_error', 0):.2%}" for _ in beside],
             f"{worst.get('relative_rms_error', 0):.2%}",
             in_line(worst.get("tensor", "").removeprefix("model.")),
         )

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from convert.dequantize import Raw, read_raw, to_bfloat16
-from convert.plan import Unit
+from convert.plan import Plan, Unit
 from convert.quantize import Derived, store
 from convert.source import Source
 from mlx_dsv3.config import ModelArgs
@@ -24,18 +24,32 @@ def read_unit(source: Source, unit: Unit) -> list[Raw]:
     return [read_raw(source, name, unit.rows) for name in unit.sources]
 
 
-def derive(unit: Unit, raws: list[Raw], args: ModelArgs, block: tuple[int, int]) -> list[Derived]:
+def derive(unit: Unit, raws: list[Raw], plan: Plan) -> list[Derived]:
     """Build the output of a unit, unevaluated, target by target; a comparison has none."""
     if unit.rule == "compare":
         refuse_difference(*raws)
         return []
     if unit.rule == "keep":  # the selection bias, the one tensor that is never rounded
         return [Derived([mx.array(np.frombuffer(raws[0].data, np.uint8))], None)]
-    matrices = [to_bfloat16(raw, block) for raw in raws]
+    matrices = [to_bfloat16(raw, plan.source.block) for raw in raws]
     if unit.rule == "split_kv_b":
-        matrices = split_kv_b(matrices[0], args)
+        matrices = split_kv_b(matrices[0], plan.source.args)
     pairs = zip(unit.targets, matrices, strict=True)
-    return [store(matrix, target.quantization, target.dtype) for target, matrix in pairs]
+    paths = [target.path for target in unit.targets]
+    if unit.rule == "matrix":  # a stacked target has the name of all experts, a source its own
+        paths = [source.removesuffix(".weight") for source in unit.sources]
+    return [
+        store(
+            matrix, target.quantization, target.dtype, plan.recipe.is_fitted, _weights(plan, path)
+        )
+        for (target, matrix), path in zip(pairs, paths, strict=True)
+    ]
+
+
+def _weights(plan: Plan, path: str) -> mx.array | None:
+    """Return the importance of a matrix's input channels; None where nothing is known of it."""
+    weights = plan.importance.weights(path) if plan.importance else None
+    return None if weights is None else mx.array(weights)
 
 
 def refuse_difference(copy: Raw, original: Raw) -> None:

@@ -187,7 +187,7 @@ def check_against_source(
     is_same_device = manifest["device"] == device_kind()
     for unit in plan.units if full else sample(plan):
         raws = read_unit(plan.source, unit)
-        outputs = derive(unit, raws, plan.source.args, plan.source.block)
+        outputs = derive(unit, raws, plan)
         stored = iter(read_ranges(folder, unit))
         wrong = None
         for target, output in zip(unit.targets, outputs, strict=True):

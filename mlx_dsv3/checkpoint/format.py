@@ -252,4 +252,5 @@ def _is_role(row: object) -> bool:
         return False
     numbers = [row.get("bytes"), row.get("bits_per_weight")]
     numbers += [part.get("relative_rms_error", 0) for part in (row, worst)]
+    numbers += [row.get("extremes_rms_error", 0)]
     return all(isinstance(n, Real) for n in numbers) and isinstance(worst.get("tensor", ""), str)
