@@ -3,11 +3,9 @@
 import time
 from pathlib import Path
 
-import mlx.core as mx
-
 from mlx_dsv3.importance.sums import Sums, write
 from mlx_dsv3.importance.texts import Texts
-from mlx_dsv3.importance.watch import tell, watch
+from mlx_dsv3.importance.watch import go_through, watch
 from mlx_dsv3.load import Loaded
 from mlx_dsv3.parity.compare import batches
 from mlx_dsv3.terminal.drawing import duration
@@ -32,7 +30,7 @@ class Measurement:
     def run(self) -> None:
         """Measure and write; whatever stops it, what is done is in `partial`."""
         try:
-            self.go_through()
+            self.all_windows()
         except BaseException:
             self.save()
             raise
@@ -41,23 +39,16 @@ class Measurement:
         write(self.out, self.sums.means(), self.about)
         self.partial.unlink(missing_ok=True)
 
-    def go_through(self) -> None:
+    def all_windows(self) -> None:
         most = min(self.loaded.plan.prefill_chunk, MOST_TOKENS)
         begun, left = self.sums.done, self.texts.windows[self.sums.done :]
         for ids in batches(left, most):
             self.sums.pending = []
-            self.one_batch(ids)
+            go_through(self.loaded, ids, self.sums.note)
             self.sums.settle(len(ids))
             self.show(begun)
             if time.monotonic() - self.saved_at > SAVE_S:
                 self.save()
-
-    def one_batch(self, ids: mx.array) -> None:
-        """Run windows (B, L) through the model, and their pairs through the MTP module."""
-        states = self.loaded.model.hidden(ids)
-        tell(["lm_head"], states, self.sums.note)
-        if self.loaded.mtp and ids.shape[1] > 1:
-            mx.eval(self.loaded.mtp.states(states[:, :-1], ids[:, 1:]))
 
     def save(self) -> None:
         if self.sums.done:

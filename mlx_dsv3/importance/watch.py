@@ -133,3 +133,14 @@ def watch_block(block: DecoderLayer, prefix: str, note: Note) -> None:
 def watch_mlp(mlp: MLP, prefix: str, note: Note) -> None:
     replace(mlp, "gate_up_proj", prefix, note, "gate_proj", "up_proj")
     replace(mlp, "down_proj", prefix, note)
+
+
+def go_through(loaded: Loaded, ids: mx.array, note: Note) -> None:
+    """Run windows (B, L) through a watched model, and their pairs through its MTP module.
+
+    No logits are computed: what enters the head is the main model's last states, and no draft's.
+    """
+    states = loaded.model.hidden(ids)
+    tell(["lm_head"], states, note)
+    if loaded.mtp and ids.shape[1] > 1:
+        mx.eval(loaded.mtp.states(states[:, :-1], ids[:, 1:]))
