@@ -30,10 +30,7 @@ HEAD = {"recipe": str, "plan": str, "units": int, "mlx": str, "device": str}
 
 
 class Done(NamedTuple):
-    """A finished unit: digest of its bytes, and the sums of `error_sums` for each target.
-
-    Fitted levels have a third one: the squared errors that `extremes` would have had.
-    """
+    """A finished unit: digest of its bytes, and the sums of `error_sums` for each target."""
 
     sha256: str
     errors: list[list[float] | None]
@@ -197,6 +194,6 @@ def _are_indexes(units: object) -> bool:
 
 
 def _are_sums(sums: object) -> bool:
-    """Say whether these are sums of squared errors and of squares, and perhaps a third one."""
-    is_pair = isinstance(sums, list) and len(sums) in (2, 3)
+    """Say whether these are sums of squared errors and of squares, as `error_sums` gives them."""
+    is_pair = isinstance(sums, list) and len(sums) in (2, 3, 6)
     return is_pair and all(isinstance(n, int | float) and 0 <= n < math.inf for n in sums)

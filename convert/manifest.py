@@ -126,7 +126,8 @@ def role_entries(plan: Plan, done: dict[int, Done]) -> dict[str, dict]:
     """Return conversion.json's table: size, bits and relative RMS error of every role.
 
     Errors are summed in the order of the units, so that they do not depend on the order of work.
-    With fitted levels the error of `extremes` stands beside, both weighed by the importance.
+    With fitted levels the error of `extremes` stands beside; with an importance both follow
+    weighed by it.
     """
     sums: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for unit in plan.units:
@@ -151,13 +152,14 @@ def _role_errors(tensors: dict[str, list[float]] | None) -> dict:
         return {}
     relative = {name: _relative(*sums[:2]) for name, sums in tensors.items()}
     worst = max(relative, key=relative.get)
-    errors, squares, *plain = map(sum, zip(*tensors.values(), strict=True))
-    beside = {"extremes_rms_error": _relative(plain[0], squares)} if plain else {}
-    return {
-        "relative_rms_error": _relative(errors, squares),
-        **beside,
-        "worst": {"tensor": worst, "relative_rms_error": relative[worst]},
-    }
+    errors, squares, *more = map(sum, zip(*tensors.values(), strict=True))
+    entry = {"relative_rms_error": _relative(errors, squares)}
+    if more:
+        entry["extremes_rms_error"] = _relative(more[0], squares)
+    if more[1:]:
+        entry["weighted_rms_error"] = _relative(more[1], more[2])
+        entry["weighted_extremes_rms_error"] = _relative(more[3], more[2])
+    return entry | {"worst": {"tensor": worst, "relative_rms_error": relative[worst]}}
 
 
 def _relative(squared_errors: float, squares: float) -> float:

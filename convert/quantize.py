@@ -1,13 +1,15 @@
 """From BF16 to what is stored: the second rounding, and how much it changes.
 
-Quantised as `mx.quantize` does it, or with levels fitted to each group; widened to float32; or
-left as it is. Both kinds of levels are stored in the same way and read by the same kernels.
+Quantised with one of two kinds of levels, widened to float32, or left as it is. `extremes` is
+`mx.quantize`: a group's least and largest weight are its ends, and 0 is met exactly. `fitted` looks
+for the scale and bias, as BF16 stores them, that make the squared error least: 0 is a weight as any
+other, a scale is never negative unless the extremes of a group stay the best that was found. Both
+have the same format; the block formats (`mxfp4` and others) know extremes alone.
 
-*Extremes* puts the ends of a group's 2^bits levels at its least and its largest weight. *Fitted*
-puts them where the squared error is least, each input channel weighed by its importance: from
-levels over a part of the range, codes and levels are found in turns (the codes by rounding, scale
-and bias by least squares), and the best is compared with `extremes` as it is stored, in BF16. So no
-group has more error than with `extremes`. The same on every run; no random numbers.
+How a group is fitted: every start is a scale and a bias, which give codes, for which the best scale
+and bias follow by least squares, and with them the error. The best start is refitted: its codes
+are taken anew. Starts differ in how much of the range they cover and in where the levels lie
+between the weights; one start with many refits is 4 to 20 % worse (docs/quality.md).
 """
 
 from typing import NamedTuple
@@ -20,10 +22,16 @@ from mlx_dsv3.checkpoint.format import Quantization
 # matrices are sampled.
 SAMPLE_STRIDE = 16
 SAMPLE_FROM = 1 << 20
-# Starts cover this part of a group's range, by bits: the fewer levels, the more is worth clipping.
-CLIP = {2: (0.45, 0.85), 3: (0.6, 0.95), 4: (0.75, 1), 5: (0.85, 1), 6: (0.92, 1), 8: (0.98, 1)}
-STARTS, TURNS, LAST_TURNS = 8, 2, 6  # turns of each start, and more of the best one
-BLOCK = 1 << 20  # weights that are fitted at once: a dozen float32 arrays of that size
+# Bits -> shares of the range that starts cover; with more bits there is less to gain by clipping.
+RATIOS = {
+    2: (0.4, 0.55, 0.7, 0.85, 1.0),
+    3: (0.6, 0.7, 0.8, 0.9, 1.0),
+    4: (0.7, 0.76, 0.82, 0.88, 0.94, 1.0),
+}
+RATIOS_ABOVE = (0.9, 0.95, 1.0)
+SHIFTS = (-1 / 3, 0.0, 1 / 3)  # of a start's levels, in steps
+REFITS = 2
+FIT_ELEMENTS = 1 << 17  # at once: temporary arrays of 0.5 MB stay in a core's cache
 
 
 class Derived(NamedTuple):
@@ -46,147 +54,160 @@ def store(
     """
     errors = None
     if quantization:
-        arrays = extremes(matrix, quantization)
-        errors = error_sums(matrix, arrays, quantization, importance)
-        if is_fitted and quantization.mode == "affine":
-            plain, arrays = errors, fit(matrix, quantization, importance)
-            errors = error_sums(matrix, arrays, quantization, importance)
-            errors = mx.concatenate([errors, plain[:1]])
+        arrays = quantize(matrix, quantization, is_fitted, importance)
+        errors = error_sums(matrix, arrays, quantization, is_fitted, importance)
     else:
         arrays = [matrix.astype(mx.float32) if dtype == "F32" else matrix]
     return Derived([mx.contiguous(array).view(mx.uint8) for array in arrays], errors)
+
+
+def quantize(
+    matrix: mx.array,
+    quantization: Quantization,
+    is_fitted: bool,
+    importance: mx.array | None = None,
+) -> list[mx.array]:
+    """Return weight, scales and biases (those of `affine` alone) with the levels asked for."""
+    if is_fitted and quantization.mode == "affine":
+        return fit(matrix, quantization, importance)
+    return extremes(matrix, quantization)
 
 
 def extremes(matrix: mx.array, quantization: Quantization) -> list[mx.array]:
     return list(mx.quantize(matrix, **quantization.as_config()))
 
 
-def error_sums(
-    matrix: mx.array,
-    arrays: list[mx.array],
-    quantization: Quantization,
-    importance: mx.array | None = None,
-) -> mx.array:
-    """Return [sum of squared errors, sum of squares] in float32, sampled for large matrices.
-
-    With an importance each square is multiplied by that of its channel.
-    """
-    if matrix.size >= SAMPLE_FROM:
-        matrix, *arrays = (array[..., ::SAMPLE_STRIDE, :] for array in (matrix, *arrays))
-    restored = mx.dequantize(*arrays, **quantization.as_config()).astype(mx.float32)
-    matrix = matrix.astype(mx.float32)
-    weights = 1 if importance is None else importance
-    return mx.stack([(weights * mx.square(values)).sum() for values in (restored - matrix, matrix)])
-
-
 def fit(
     matrix: mx.array, quantization: Quantization, importance: mx.array | None = None
 ) -> list[mx.array]:
-    """Return packed weight, scales and biases with fitted levels, as `mx.quantize` returns them.
+    """Return weight, scales and biases whose weighted squared error is least, lazily.
 
-    The matrix is bfloat16 (..., rows, width); `importance` float32, broadcast to it: mean squares
-    of the input channels. Unevaluated, block of rows by block of rows.
+    `matrix` is bfloat16 (..., rows, width), `importance` float32 and broadcasts to it. No group is
+    worse than with `mx.quantize`, by its own weighted error in float32; where the importance of a
+    whole group is 0, all its weights count alike.
     """
-    rows = max(1, BLOCK // (matrix.size // matrix.shape[-2]))
+    rows = matrix.shape[-2]
+    step = max(1, FIT_ELEMENTS * rows // matrix.size)
     blocks = [
-        _fit_block(matrix[..., i : i + rows, :], quantization, importance)
-        for i in range(0, matrix.shape[-2], rows)
+        _fit_block(matrix[..., start : start + step, :], quantization, importance)
+        for start in range(0, rows, step)
     ]
-    if len(blocks) == 1:
-        return blocks[0]
     return [mx.concatenate(parts, axis=-2) for parts in zip(*blocks, strict=True)]
 
 
 def _fit_block(
     matrix: mx.array, quantization: Quantization, importance: mx.array | None
 ) -> list[mx.array]:
-    bits, size, last = quantization.bits, quantization.group_size, 2**quantization.bits - 1
-    _, scales, biases = extremes(matrix, quantization)
-    x = mx.unflatten(matrix.astype(mx.float32), -1, (-1, size))
-    weights = _weights(importance, size)
-    best = _Levels(x, weights, scales.astype(mx.float32), biases.astype(mx.float32), last)
-    least, most = x.min(-1), x.max(-1)
-    found = None
-    for start in range(STARTS):
-        part = CLIP[bits][0] + (CLIP[bits][1] - CLIP[bits][0]) * start / (STARTS - 1)
-        scale = (most - least) * (part / last)
-        levels = _Levels(x, weights, scale, (most + least - scale * last) / 2, last)
-        for _ in range(TURNS):
-            levels = levels.refitted()
-        found = levels if found is None else found.or_better(levels)
-    for _ in range(LAST_TURNS):
-        found = found.refitted()
-    best = best.or_better(found.refitted(is_stored=True))
-    stored = [values.astype(mx.bfloat16) for values in (best.scale, best.bias)]
-    return [pack(best.codes.astype(mx.uint32).flatten(-2), bits), *stored]
+    bits, size, _ = quantization
+    _, *ends = extremes(matrix, quantization)
+    x = mx.unflatten(matrix.astype(mx.float32), -1, (-1, size))  # (..., groups, size)
+    w = _weights(importance, size)
+    found = _search(x, w, bits)
+    candidates = [[part[..., None].astype(mx.float32) for part in ends], found]
+    codes, errors = zip(*(_codes(x, w, *pair, bits) for pair in candidates), strict=True)
+    is_better = errors[1] < errors[0]  # not where the search came upon a scale of 0: NaN
+    scale, bias = (mx.where(is_better, b, a)[..., 0] for a, b in zip(*candidates, strict=True))
+    packed = pack(mx.where(is_better, codes[1], codes[0]).flatten(-2), bits)
+    return [packed, scale.astype(mx.bfloat16), bias.astype(mx.bfloat16)]
 
 
 def _weights(importance: mx.array | None, size: int) -> mx.array:
-    """Return the weights (..., 1, groups, size) of the channels in their groups, about 1.
+    """Return the importance by groups, with a mean of 1 in each: sums of 1e-30 would vanish."""
+    if importance is None or importance.ndim == 0:
+        return mx.ones(size)
+    w = mx.unflatten(importance, -1, (-1, size))
+    mean = w.mean(-1, keepdims=True)
+    return mx.where(mean > 0, w / mean, 1)
 
-    A group of channels that the text never used counts evenly.
+
+def _search(x: mx.array, w: mx.array, bits: int) -> list[mx.array]:
+    """Return the best scale and bias found for each group, rounded to bfloat16."""
+    n = 2**bits - 1
+    low, high = x.min(-1, keepdims=True), x.max(-1, keepdims=True)
+    total = w.sum(-1, keepdims=True)
+    centre = (w * x).sum(-1, keepdims=True) / total
+    middle, x = (low + high) / 2 - centre, x - centre  # centred: no sums that cancel out
+    best = None
+    for ratio in RATIOS.get(bits, RATIOS_ABOVE):
+        scale = (high - low) * (ratio / n)
+        for shift in SHIFTS:
+            best = _better(best, _refit(x, w, total, scale, middle + (shift - n / 2) * scale, n))
+    for _ in range(REFITS):
+        best = _better(best, _refit(x, w, total, *best[1:], n))
+    return [part.astype(mx.bfloat16).astype(mx.float32) for part in (best[1], best[2] + centre)]
+
+
+def _refit(
+    x: mx.array, w: mx.array, total: mx.array, scale: mx.array, bias: mx.array, n: int
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Return what least squares give for the codes of a scale and bias: gain, scale, bias.
+
+    The weighted mean of `x` is 0, so the error is that of no levels at all less the gain.
     """
-    if importance is None:
-        return mx.ones((1, 1, size))
-    groups = mx.unflatten(importance, -1, (-1, size))
-    mean = groups.mean(-1, keepdims=True)
-    groups = mx.where(mean > 0, groups / mx.where(mean > 0, mean, 1), 1)
-    return groups if groups.ndim > 2 else groups[None]
+    codes = mx.clip(mx.round((x - bias) * (1 / scale)), 0, n)
+    weighted = w * codes
+    mean = weighted.sum(-1, keepdims=True) / total
+    squares = (weighted * codes).sum(-1, keepdims=True)
+    product = (weighted * x).sum(-1, keepdims=True)
+    scale = product / (squares - total * mean * mean)
+    return product * scale, scale, -scale * mean
 
 
-class _Levels:
-    """Levels of every group: `bias + scale * code`, codes 0 to `last`; all float32.
-
-    x (..., groups, size); scale and bias (..., groups).
-    """
-
-    def __init__(self, x: mx.array, weights: mx.array, scale: mx.array, bias: mx.array, last: int):
-        self.x, self.weights, self.scale, self.bias, self.last = x, weights, scale, bias, last
-        step = mx.where(scale == 0, 1, scale)[..., None]
-        self.codes = mx.clip(mx.round((x - bias[..., None]) / step), 0, last)
-
-    @property
-    def error(self) -> mx.array:
-        """Return the weighted sum of squared errors of each group."""
-        restored = self.codes * self.scale[..., None] + self.bias[..., None]
-        return (self.weights * mx.square(restored - self.x)).sum(-1)
-
-    def refitted(self, is_stored: bool = False) -> "_Levels":
-        """Return the levels of least error for these codes, and the codes that follow from them.
-
-        With `is_stored` they are BF16, the bias the best one for the scale as it is stored.
-        """
-        total = self.weights.sum(-1)
-        mean_code = (self.weights * self.codes).sum(-1) / total
-        mean = (self.weights * self.x).sum(-1) / total
-        centred = self.weights * (self.codes - mean_code[..., None])
-        variance = (centred * self.codes).sum(-1)
-        slope = (centred * self.x).sum(-1) / mx.where(variance > 0, variance, 1)
-        scale = mx.where(variance > 0, slope, self.scale)
-        scale = _in_bfloat16(scale) if is_stored else scale
-        bias = mean - scale * mean_code
-        bias = _in_bfloat16(bias) if is_stored else bias
-        return _Levels(self.x, self.weights, scale, bias, self.last)
-
-    def or_better(self, other: "_Levels") -> "_Levels":
-        """Return for each group the levels of `other` where their error is less, else these."""
-        is_better = other.error < self.error
-        scale = mx.where(is_better, other.scale, self.scale)
-        bias = mx.where(is_better, other.bias, self.bias)
-        return _Levels(self.x, self.weights, scale, bias, self.last)
+def _better(best: tuple | None, other: tuple) -> tuple:
+    if best is None:
+        return other
+    is_better = other[0] > best[0]
+    return tuple(mx.where(is_better, b, a) for a, b in zip(best, other, strict=True))
 
 
-def _in_bfloat16(values: mx.array) -> mx.array:
-    return values.astype(mx.bfloat16).astype(mx.float32)
+def _codes(
+    x: mx.array, w: mx.array, scale: mx.array, bias: mx.array, bits: int
+) -> tuple[mx.array, mx.array]:
+    """Return the nearest codes and the weighted squared error of each group."""
+    codes = mx.clip(mx.round((x - bias) / scale), 0, 2**bits - 1)
+    return codes, (w * mx.square(codes * scale + bias - x)).sum(-1, keepdims=True)
 
 
 def pack(codes: mx.array, bits: int) -> mx.array:
-    """Pack codes (..., width) uint32 as `mx.quantize` does: a stream of bits, lowest first."""
-    codes = mx.unflatten(codes, -1, (-1, 32))  # fill whole words, whatever the number of bits
-    words = []
-    for word in range(bits):
-        first, end = 32 * word // bits, -(-32 * (word + 1) // bits)
-        shifts = [i * bits - 32 * word for i in range(first, end)]
-        left, right = (mx.array([max(sign * n, 0) for n in shifts], mx.uint32) for sign in (1, -1))
-        words.append(((codes[..., first:end] << left) >> right).sum(-1).astype(mx.uint32))
+    """Pack codes (..., width) into words as `mx.quantize` does: one stream of bits, lowest first.
+
+    32 codes fill `bits` words; of 3, 5 and 6 bits some lie across two.
+    """
+    codes = mx.unflatten(codes.astype(mx.uint32), -1, (-1, 32))
+    words = [mx.array(0, mx.uint32)] * bits
+    for i in range(32):
+        word, shift = divmod(i * bits, 32)
+        words[word] = words[word] | (codes[..., i] << shift)
+        if shift + bits > 32:
+            words[word + 1] = words[word + 1] | (codes[..., i] >> (32 - shift))
     return mx.stack(words, axis=-1).flatten(-2)
+
+
+def error_sums(
+    matrix: mx.array,
+    arrays: list[mx.array],
+    quantization: Quantization,
+    is_fitted: bool = False,
+    importance: mx.array | None = None,
+) -> mx.array:
+    """Return [squared errors, squares] as float32 sums, sampled for large matrices.
+
+    With `fitted` levels a third has the squared errors that extremes would make, and where an
+    importance is given the same three follow weighted by it.
+    """
+    if matrix.size >= SAMPLE_FROM:
+        matrix, *arrays = (array[..., ::SAMPLE_STRIDE, :] for array in (matrix, *arrays))
+    settings = quantization.as_config()
+    candidates = [arrays, extremes(matrix, quantization)] if is_fitted else [arrays]
+    exact = matrix.astype(mx.float32)
+    restored = [mx.dequantize(*parts, **settings).astype(mx.float32) for parts in candidates]
+    error, *beside = (mx.square(each - exact) for each in restored)
+    terms = [error, mx.square(exact), *beside]
+    if is_fitted and importance is not None:
+        terms += [importance * term for term in terms]
+    return mx.stack([term.sum() for term in terms])
+
+
+def num_sums(is_fitted: bool, is_weighted: bool) -> int:
+    """Return how many sums `error_sums` gives."""
+    return (6 if is_weighted else 3) if is_fitted else 2

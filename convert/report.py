@@ -19,6 +19,12 @@ from mlx_dsv3.sizes import size
 
 CACHE_DTYPE_BYTES = 2
 LEAST_WIDTH = 80  # a narrower terminal wraps the lines of a table
+ERRORS = {  # keys of conversion.json's roles and their columns
+    "relative_rms_error": "error",
+    "extremes_rms_error": "extremes",
+    "weighted_rms_error": "weighted",
+    "weighted_extremes_rms_error": "extremes",
+}
 PROBE_SHAPE = (2048, 2048)
 
 
@@ -151,9 +157,8 @@ def print_errors(roles: dict) -> None:
 
     Where levels were fitted, `extremes` is what the same weights would have lost without.
     """
-    is_fitted = any("extremes_rms_error" in row for row in roles.values())
-    beside = ["extremes"] if is_fitted else []
-    table = compact_table("role", "size", "bits", "error", *beside, "worst", "worst tensor")
+    shown = {key: word for key, word in ERRORS.items() if any(key in r for r in roles.values())}
+    table = compact_table("role", "size", "bits", *shown.values(), "worst", "worst tensor")
     table.columns[-1].no_wrap = False
     for role, row in roles.items():
         worst = row.get("worst", {})
@@ -161,8 +166,7 @@ def print_errors(roles: dict) -> None:
             in_line(role),
             size(row["bytes"]),
             f"{row['bits_per_weight']:.2f}",
-            f"{row.get('relative_rms_error', 0):.2%}",
-            *[f"{row.get('extremes_rms_error', 0):.2%}" for _ in beside],
+            *(f"{row.get(key, 0):.2%}" for key in shown),
             f"{worst.get('relative_rms_error', 0):.2%}",
             in_line(worst.get("tensor", "").removeprefix("model.")),
         )

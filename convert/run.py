@@ -31,7 +31,7 @@ from convert.manifest import (
 from convert.pipeline import ahead, evaluate, streams
 from convert.plan import Plan, Unit
 from convert.progress import Progress
-from convert.quantize import Derived
+from convert.quantize import Derived, num_sums
 from convert.source import stamp
 from convert.transform import read_unit
 from convert.writer import Writer
@@ -146,9 +146,11 @@ class _Run:
 
     def check_units(self) -> None:
         """Refuse a journal that notes units which this plan does not have."""
-        units = self.plan.units
+        units, is_fitted = self.plan.units, self.plan.recipe.is_fitted
+        count = num_sums(is_fitted, self.plan.importance is not None)
         for index, done in (self.journal.done | self.journal.unsynced).items():
-            if not 0 <= index < len(units) or len(done.errors) != len(units[index].targets):
+            is_known = 0 <= index < len(units) and len(done.errors) == len(units[index].targets)
+            if not is_known or any(sums and len(sums) != count for sums in done.errors):
                 raise foreign(self.journal.path, "notes other units than this conversion has")
 
     def read_from(self, shards: list[str]) -> list[int]:

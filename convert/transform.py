@@ -40,16 +40,22 @@ def derive(unit: Unit, raws: list[Raw], plan: Plan) -> list[Derived]:
         paths = [source.removesuffix(".weight") for source in unit.sources]
     return [
         store(
-            matrix, target.quantization, target.dtype, plan.recipe.is_fitted, _weights(plan, path)
+            matrix,
+            target.quantization,
+            target.dtype,
+            plan.recipe.is_fitted,
+            importance_of(path, plan),
         )
         for (target, matrix), path in zip(pairs, paths, strict=True)
     ]
 
 
-def _weights(plan: Plan, path: str) -> mx.array | None:
-    """Return the importance of a matrix's input channels; None where nothing is known of it."""
-    weights = plan.importance.weights(path) if plan.importance else None
-    return None if weights is None else mx.array(weights)
+def importance_of(path: str, plan: Plan) -> mx.array | None:
+    """Return what the input channels of a matrix count: alike where nothing is known of them."""
+    if plan.importance is None:
+        return None
+    found = plan.importance.weights(path)
+    return mx.array(1.0 if found is None else found)
 
 
 def refuse_difference(copy: Raw, original: Raw) -> None:

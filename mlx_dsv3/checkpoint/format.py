@@ -29,6 +29,8 @@ SIDECAR = "mtp.safetensors"  # the MTP layer, which the index leaves out: mlx-lm
 MANIFEST = "conversion.json"  # source, recipe, checksums; only the converter writes one
 PARTIAL = ".partial"  # holds everything until a conversion is complete
 INDEX_BYTES = 32 << 20  # at most; 20 MB at Kimi-K2's number of tensors, packed as records
+# Of a role whose levels were fitted; the weighted ones where an importance was given.
+FITTED_ERRORS = ("extremes_rms_error", "weighted_rms_error", "weighted_extremes_rms_error")
 LAYOUTS = ("records", "stacked", "mtp")  # of routed experts; `mtp` is a sidecar alone
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -252,5 +254,5 @@ def _is_role(row: object) -> bool:
         return False
     numbers = [row.get("bytes"), row.get("bits_per_weight")]
     numbers += [part.get("relative_rms_error", 0) for part in (row, worst)]
-    numbers += [row.get("extremes_rms_error", 0)]
+    numbers += [row.get(name, 0) for name in FITTED_ERRORS]
     return all(isinstance(n, Real) for n in numbers) and isinstance(worst.get("tensor", ""), str)
