@@ -114,7 +114,7 @@ LIMITS = {
         "python -m demo.judge.corpus build/packages build/judge-text"
     ],
     (parsed, "needs a longer text than the tests have"): ["python -m mlx_dsv3.parity compare *"],
-    (parsed, "needs a text of 1,024 tokens"): ["python -m mlx_dsv3.importance MODEL --text *"],
+    (parsed, "needs a text of 1,024 tokens"): ["python -m mlx_dsv3.importance *"],
     (parsed, SLOW): [
         "python -m demo.corpus --conversations 200000",
         "python -m demo.evaluate",
