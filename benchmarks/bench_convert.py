@@ -1,11 +1,14 @@
 """Time and peak memory of the converter, alone at true V3 shapes and beside mlx_lm.convert.
 
-    python benchmarks/bench_convert.py [--folder DIR] [--pairs N] [--skip-large]
+    python benchmarks/bench_convert.py [--folder DIR] [--pairs N] [--skip-large] [--recipe NAME]
+                                       [--experts N]
 
-Large: one dense and one MoE layer of DeepSeek-V3 (about 15 GB of FP8), converted to q4. Mid-size:
-about 0.7 GB, converted by both programs in turn. Every conversion runs in a process of its own;
-times exclude imports, memory is the process's peak less that of an interpreter with MLX and numpy
-(the peak resident set; on a Mac that leaves Metal's memory out). Needs 25 GB of free disk.
+Large: one dense and one MoE layer of DeepSeek-V3 (about 15 GB of FP8; with fewer experts less,
+each of its true size), converted to q4 or another recipe. Mid-size: about 0.7 GB, converted by
+both programs in turn, and with the fitted levels of q4-fit. Every conversion runs in a process of
+its own; times exclude imports, memory is the process's peak less that of an interpreter with MLX
+and numpy (the peak resident set; on a Mac that leaves Metal's memory out). Needs 25 GB of free
+disk.
 """
 
 import argparse
@@ -79,7 +82,7 @@ OURS = """
 import sys, time
 from convert.__main__ import main
 began = time.perf_counter()
-main(["run", sys.argv[1], sys.argv[2], "--recipe", "q4"])
+main(["run", *sys.argv[1:3], "--recipe", sys.argv[3]])
 print(time.perf_counter() - began)
 """
 PEER = """
@@ -179,51 +182,65 @@ def measure(program: str, *argv: str) -> tuple[float, int]:
     return float(output.split()[-1]), usage.ru_maxrss * scale
 
 
-def timed(program: str, source: Path, out: Path) -> tuple[float, int]:
+def timed(program: str, source: Path, out: Path, recipe: str = "q4") -> tuple[float, int]:
     """Convert into a fresh folder with the source in the page cache, and remove the result."""
     os.sync()
-    seconds, peak = measure(program, str(source), str(out))
+    seconds, peak = measure(program, str(source), str(out), recipe)
     shutil.rmtree(out)
     return seconds, peak
 
 
-def bench_large(folder: Path, base: int) -> dict:
+def bench_large(folder: Path, base: int, recipe: str, experts: int) -> dict:
     began = time.perf_counter()
-    size = write_checkpoint(folder / "large", V3)
+    size = write_checkpoint(folder / "large", V3 | {"n_routed_experts": experts})
     print(f"wrote {size / 1e9:.1f} GB in {time.perf_counter() - began:.0f} s", file=sys.stderr)
-    seconds, peak = timed(OURS, folder / "large", folder / "out")
+    seconds, peak = timed(OURS, folder / "large", folder / "out", recipe)
     shutil.rmtree(folder / "large")
-    return {"source_bytes": size, "seconds": seconds, "peak_bytes": peak - base}
+    result = {"source_bytes": size, "seconds": seconds, "peak_bytes": peak - base}
+    return result | {"recipe": recipe, "experts": experts}
 
 
 def bench_mid(folder: Path, base: int, pairs: int) -> dict:
-    """Convert with both programs in turn; the first pair warms the page cache and is dropped."""
+    """Convert with both programs in turn; the first round warms the page cache and is dropped."""
     size = write_checkpoint(folder / "mid", MID)
-    runs: dict[str, list] = {"ours": [], "mlx_lm": []}
-    programs: dict[str, str] = {"ours": OURS, "mlx_lm": PEER}
+    programs = {"ours": (OURS, "q4"), "mlx_lm": (PEER, "q4")}
+    programs |= {"mixed": (OURS, "q4-mixed"), "fitted": (OURS, "q4-fit")}
+    runs: dict[str, list] = {name: [] for name in programs}
     for _ in range(pairs + 1):
-        for name, program in programs.items():
-            runs[name].append(timed(program, folder / "mid", folder / "out"))
+        for name, (program, recipe) in programs.items():
+            runs[name].append(timed(program, folder / "mid", folder / "out", recipe))
     shutil.rmtree(folder / "mid")
     result = {"source_bytes": size, "pairs": pairs}
     for name, measured in runs.items():
         result[f"{name}_seconds"] = [round(seconds, 3) for seconds, _ in measured[1:]]
         result[f"{name}_peak_bytes"] = max(peak for _, peak in measured[1:]) - base
-    ratios = [a / b for a, b in zip(result["ours_seconds"], result["mlx_lm_seconds"], strict=True)]
-    return result | {"time_ratio": round(statistics.median(ratios), 3)}
+    return result | {
+        "time_ratio": ratio(result["ours_seconds"], result["mlx_lm_seconds"]),
+        "fitted_ratio": ratio(result["fitted_seconds"], result["mixed_seconds"]),
+    }
+
+
+def ratio(ours: list[float], theirs: list[float]) -> float:
+    return round(statistics.median(a / b for a, b in zip(ours, theirs, strict=True)), 3)
 
 
 def print_table(large: dict | None, mid: dict) -> None:
-    table = Table("conversion to q4", "source", "seconds", "peak memory")
+    table = Table("conversion", "source", "seconds", "peak memory")
 
     def add(name: str, source: int, seconds: float, peak: int) -> None:
         table.add_row(name, f"{source / 1e9:.2f} GB", f"{seconds:.1f}", f"{peak / 1e9:.2f} GB")
 
     if large:
-        add("V3 shapes", large["source_bytes"], large["seconds"], large["peak_bytes"])
-    for name in ("ours", "mlx_lm"):
+        add(
+            f"V3 shapes, {large['recipe']}",
+            large["source_bytes"],
+            large["seconds"],
+            large["peak_bytes"],
+        )
+    names = {"ours": "q4", "mlx_lm": "mlx_lm.convert", "mixed": "q4-mixed", "fitted": "q4-fit"}
+    for name, words in names.items():
         seconds = statistics.median(mid[f"{name}_seconds"])
-        add(f"mid-size, {name}", mid["source_bytes"], seconds, mid[f"{name}_peak_bytes"])
+        add(f"mid-size, {words}", mid["source_bytes"], seconds, mid[f"{name}_peak_bytes"])
     Console().print(table)
 
 
@@ -232,11 +249,15 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
     parser.add_argument("--pairs", type=int, default=3, help="timed runs of each program")
     parser.add_argument("--skip-large", action="store_true")
+    parser.add_argument("--recipe", default="q4", help="of the large conversion (%(default)s)")
+    parser.add_argument("--experts", type=int, default=256, help="of its layer (%(default)s)")
     args = parser.parse_args()
     conditions = print_conditions()
     _, base = measure(EMPTY)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
-        large = None if args.skip_large else bench_large(Path(name), base)
+        large = (
+            None if args.skip_large else bench_large(Path(name), base, args.recipe, args.experts)
+        )
         mid = bench_mid(Path(name), base, args.pairs)
     print_table(large, mid)
     print(json.dumps({"bench": "convert", **conditions, "large": large, "mid": mid}))

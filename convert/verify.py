@@ -16,6 +16,7 @@ import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
+from math import ceil
 from pathlib import Path
 
 import mlx.core as mx
@@ -50,6 +51,8 @@ from mlx_dsv3.json_files import brief
 WEIGHT_FILES = ("*.safetensors", "additional_chat_templates")
 CHUNK_BYTES = 64 << 20
 SAMPLE_PER_ROLE = 4
+# Of 8 bits 1 group in 1,400 to 5,000 when sums were taken in another order, of 2 to 4 bits none.
+MOST_OTHER_GROUPS = 1 / 500
 
 
 def open_manifest(folder: Path) -> dict:
@@ -182,7 +185,8 @@ def check_against_source(
     """Derive a sample of units again, or all; yield each with a sentence where it differs.
 
     On the kind of device that the folder was made on, the bits must be the same. On another one a
-    code may differ by one step, because CPU and GPU round ties differently.
+    code may differ by one step, because CPU and GPU round ties differently. With fitted levels a
+    few groups may differ by more: where two fits are as good, the last bit of a sum decides.
     """
     is_same_device = manifest["device"] == device_kind()
     for unit in plan.units if full else sample(plan):
@@ -192,14 +196,17 @@ def check_against_source(
         wrong = None
         for target, output in zip(unit.targets, outputs, strict=True):
             found = [next(stored) for _ in output.arrays]
-            if not agrees(target, output, found, is_same_device):
+            most = MOST_OTHER_GROUPS if plan.recipe.is_fitted else 0.0
+            if not agrees(target, output, found, is_same_device, most):
                 wrong = target.path + (f"` rows `{unit.rows}" if unit.rows else "")
         text = f"`{wrong}` in `{unit.file}` does not follow from the source"
         yield unit, text if wrong else None
 
 
-def agrees(target: Target, derived: Derived, stored: list[bytes], is_same_device: bool) -> bool:
-    """Say whether stored bytes are what was derived again."""
+def agrees(
+    target: Target, derived: Derived, stored: list[bytes], is_same_device: bool, most: float = 0.0
+) -> bool:
+    """Say whether stored bytes are what was derived again, but for a share `most` of the groups."""
     if all(bytes(memoryview(a)) == b for a, b in zip(derived.arrays, stored, strict=True)):
         return True
     quantization = target.quantization
@@ -211,7 +218,8 @@ def agrees(target: Target, derived: Derived, stored: list[bytes], is_same_device
     step = mx.maximum(mx.abs(again[1]), mx.abs(found[1])).astype(mx.float32)[..., None]
     values = [mx.dequantize(*parts, **settings).astype(mx.float32) for parts in (again, found)]
     difference = mx.abs(values[0] - values[1]).reshape(*step.shape[:-1], -1)
-    return bool((difference <= 1.02 * step).all())  # 2 %: the restored values are BF16
+    is_other = (difference > 1.02 * step).any(-1)  # 2 %: the restored values are BF16
+    return bool(is_other.sum() <= ceil(most * is_other.size))
 
 
 def _open_parts(parts: list[mx.array], quantization: Quantization) -> list[mx.array]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from convert.__main__ import main
-from tests.tiny import A, write_hub
+from tests.tiny import A, D, write_hub
 
 ROOT = Path(__file__).parent.parent
 # argv: what ends it ("kill" or "interrupt" at a byte, "rename"), count, log, jobs, folders.
@@ -72,12 +72,19 @@ sys.exit(run_main(lambda: main(["run", *sys.argv[5:], "--jobs", jobs])))
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts through /proc")
 
 
-def child(hub: Path, out: Path, what: str = "kill", count: int = 1 << 40, jobs: int = 2) -> int:
+def child(
+    hub: Path,
+    out: Path,
+    what: str = "kill",
+    count: int = 1 << 40,
+    jobs: int = 2,
+    flags: tuple[str, ...] = (),
+) -> int:
     """Run a conversion that dies at `count`; return its status, leave its events in a log."""
     log = out.with_suffix(".log")
     log.unlink(missing_ok=True)
     argv = [sys.executable, "-c", CHILD, what, str(count), str(log), str(jobs), str(hub), str(out)]
-    return subprocess.run(argv, cwd=ROOT, stderr=subprocess.DEVNULL).returncode
+    return subprocess.run([*argv, *flags], cwd=ROOT, stderr=subprocess.DEVNULL).returncode
 
 
 def resume(hub: Path, out: Path, *flags: str) -> int:
@@ -118,6 +125,21 @@ def test_sigkill_at_random_points(straight, tmp_path, kills):
         assert child(hub, out, "kill", point, jobs=1 + i % 3) == -9
         assert {path.name for path in out.iterdir()} == {".partial"}
         assert resume(hub, out, "--jobs", str(1 + i % 2)) == 0
+        assert contents(out) == want, f"killed at byte {point:,} of {total:,}"
+
+
+@pytest.mark.slow
+def test_sigkill_of_a_fitted_conversion(tmp_path):
+    """10 kills, with other numbers of jobs before and after: the bytes of a straight run."""
+    flags = ("--recipe", "q2-fit")
+    hub = write_hub(tmp_path / "hub", D)
+    assert child(hub, tmp_path / "want", flags=flags) == 0
+    want = contents(tmp_path / "want")
+    total = sum(int(rest[1]) for what, _, *rest in events(tmp_path / "want") if what == "write")
+    for i, point in enumerate(random.Random(2).sample(range(total), 10)):
+        out = tmp_path / str(i)
+        assert child(hub, out, "kill", point, 1 + i % 3, flags) == -9
+        assert resume(hub, out, *flags, "--jobs", str(1 + i % 2)) == 0
         assert contents(out) == want, f"killed at byte {point:,} of {total:,}"
 
 

@@ -59,10 +59,11 @@ def test_converted_model_equals_the_reference(tmp_path, shape):
     store.close()
 
 
-def test_random_q4_folder_gives_mlx_lms_logits(tmp_path):
+@pytest.mark.parametrize("recipe", ["q4", "q3-fit", "q2-fit"])
+def test_random_folder_gives_mlx_lms_logits(tmp_path, recipe):
     """Selection-bias mean +2, where mlx-lm's zero mask and ours choose the same experts."""
     source = tiny.write_hub(tmp_path / "hub", tiny.D, bias_mean=2.0)
-    assert not convert(["run", str(source), str(tmp_path / "out"), "--recipe", "q4"])
+    assert not convert(["run", str(source), str(tmp_path / "out"), "--recipe", recipe])
     theirs, _ = load_in_mlx_lm(tmp_path / "out", strict=True)
     theirs.set_dtype(mx.float32)
     loaded = load_model(tmp_path / "out", dtype=mx.float32)

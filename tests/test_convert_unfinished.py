@@ -211,6 +211,7 @@ def test_a_journal_of_another_version(folders, run, interrupted, tmp_path, case)
         b'{"unit":1000000,"sha256":"","errors":[]}',
         b'{"unit":-1,"sha256":"","errors":[]}',
         b'{"unit":0,"sha256":"","errors":[null,null,null,null,null]}',
+        b'{"unit":0,"sha256":"","errors":[[1,2,3]]}',  # the sums of fitted levels
     ],
 )
 def test_a_journal_that_notes_other_units(folders, run, interrupted, tmp_path, text):

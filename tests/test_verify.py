@@ -130,6 +130,23 @@ def test_derived_again(pair, out, capsys, device, codes, status):
         assert "experts.5.up_proj` in `model-experts-00002" in capsys.readouterr().err
 
 
+def test_fitted_levels_made_on_another_device(pair, tmp_path, capsys):
+    """In a group or two another fit may be as good; that codes of a whole row are is no chance."""
+    hub, out = pair[0], tmp_path / "out"
+    assert main(["run", str(hub), str(out), "--recipe", "q3-fit"]) == 0
+    assert verify(out, "--source", hub) == 0
+    assert "extremes" in capsys.readouterr().out
+    manifest = json.loads((out / "conversion.json").read_text())
+    roles = manifest["roles"]["experts_down"]
+    assert 0.7 < (roles["relative_rms_error"] / roles["extremes_rms_error"]) ** 2 < 0.8
+    other = "cpu" if device_kind() == "gpu" else "gpu"
+    write_json(out / "conversion.json", manifest | {"device": other})
+    file, name = "model-experts-00002.safetensors", "model.layers.2.mlp.experts.5.up_proj.weight"
+    for place, status in [(0, 0), (24, 1), (48, 1)]:  # 24 bytes a group
+        change(out, file, name, lambda data, place=place: data.__setitem__(place, data[place] ^ 4))
+        assert verify(out, "--source", hub, "--full") == status, place
+
+
 def test_other_folders_are_refused(pair, tmp_path, capsys):
     hub, out = pair
     assert verify(tmp_path / "nowhere") == 2
