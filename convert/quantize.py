@@ -9,7 +9,7 @@ have the same format; the block formats (`mxfp4` and others) know extremes alone
 How a group is fitted: every start is a scale and a bias, which give codes, for which the best scale
 and bias follow by least squares, and with them the error. The best start is refitted: its codes
 are taken anew. Starts differ in how much of the range they cover and in where the levels lie
-between the weights; one start with many refits is 4 to 20 % worse (docs/quality.md).
+between the weights; one start with five refits has 4 to 12 % more error (docs/log.md).
 """
 
 from typing import NamedTuple
@@ -22,15 +22,17 @@ from mlx_dsv3.checkpoint.format import Quantization
 # matrices are sampled.
 SAMPLE_STRIDE = 16
 SAMPLE_FROM = 1 << 20
-# Bits -> shares of the range that starts cover; with more bits there is less to gain by clipping.
-RATIOS = {
-    2: (0.4, 0.55, 0.7, 0.85, 1.0),
-    3: (0.6, 0.7, 0.8, 0.9, 1.0),
-    4: (0.7, 0.76, 0.82, 0.88, 0.94, 1.0),
+# Of a start: shares of the range that its levels cover, and how many steps they are shifted.
+SHIFTS = (-1 / 3, 0.0, 1 / 3)
+STARTS = {  # by bits; with more of them there is less to gain by clipping
+    2: [(ratio, shift) for ratio in (0.4, 0.55, 0.7, 0.85, 1.0) for shift in SHIFTS],
+    3: [(ratio, shift) for ratio in (0.6, 0.7, 0.8, 0.9, 1.0) for shift in SHIFTS],
+    4: [(ratio, shift) for ratio in (0.7, 0.76, 0.82, 0.88, 0.94, 1.0) for shift in SHIFTS],
+    5: [(ratio, shift) for ratio in (0.95, 1.0) for shift in SHIFTS],
+    6: [(ratio, shift) for ratio in (0.95, 1.0) for shift in SHIFTS],
+    8: [(1.0, 0.0)],  # the nearest codes for levels as stored are nearly all: .52, with 17 .519
 }
-RATIOS_ABOVE = (0.9, 0.95, 1.0)
-SHIFTS = (-1 / 3, 0.0, 1 / 3)  # of a start's levels, in steps
-REFITS = 2
+REFITS = {2: 2, 3: 2, 4: 2}  # of the best start
 FIT_ELEMENTS = 1 << 17  # at once; of 2^15 to 2^20 the fastest on a CPU, in whose cache it stays
 
 
@@ -128,11 +130,10 @@ def _search(x: mx.array, w: mx.array, bits: int) -> list[mx.array]:
     centre = (w * x).sum(-1, keepdims=True) / total
     middle, x = (low + high) / 2 - centre, x - centre  # centred: no sums that cancel out
     best = None
-    for ratio in RATIOS.get(bits, RATIOS_ABOVE):
+    for ratio, shift in STARTS[bits]:
         scale = (high - low) * (ratio / n)
-        for shift in SHIFTS:
-            best = _better(best, _refit(x, w, total, scale, middle + (shift - n / 2) * scale, n))
-    for _ in range(REFITS):
+        best = _better(best, _refit(x, w, total, scale, middle + (shift - n / 2) * scale, n))
+    for _ in range(REFITS.get(bits, 0)):
         best = _better(best, _refit(x, w, total, *best[1:], n))
     return [part.astype(mx.bfloat16).astype(mx.float32) for part in (best[1], best[2] + centre)]
 

@@ -155,19 +155,23 @@ def plan_as_dict(plan: Plan) -> dict:
 def print_errors(roles: dict) -> None:
     """Print conversion.json's errors by role; they are root mean squares of samples.
 
-    Where levels were fitted, `extremes` is what the same weights would have lost without.
+    Where levels were fitted, `extremes` is what the same weights would have lost without. With
+    weighted errors too the line has no room for the worst tensor, which `--json` names.
     """
-    shown = {key: word for key, word in ERRORS.items() if any(key in r for r in roles.values())}
-    table = compact_table("role", "size", "bits", *shown.values(), "worst", "worst tensor")
-    table.columns[-1].no_wrap = False
+    found = {"relative_rms_error"}.union(*roles.values())
+    shown = {key: word for key, word in ERRORS.items() if key in found}
+    last = ("worst", "worst tensor") if len(shown) < len(ERRORS) else ()
+    table = compact_table("role", "size", "bits", *shown.values(), *last)
+    table.columns[-1].no_wrap = not last
     for role, row in roles.items():
         worst = row.get("worst", {})
-        table.add_row(
+        cells = [
             in_line(role),
             size(row["bytes"]),
             f"{row['bits_per_weight']:.2f}",
             *(f"{row.get(key, 0):.2%}" for key in shown),
             f"{worst.get('relative_rms_error', 0):.2%}",
             in_line(worst.get("tensor", "").removeprefix("model.")),
-        )
+        ]
+        table.add_row(*cells[: len(table.columns)])
     print_table(table)

@@ -262,6 +262,21 @@ def test_names_in_conversion_json_are_words(out, capsys):
     assert "[red]\\x1b[2J" in text and "[/x] :bomb: \\x1b]0;x\\x07" in text and "\x1b" not in text
 
 
+def test_weighted_errors_are_columns(out, capsys):
+    """Four errors leave no room for the worst tensor; without a weighted one it is there."""
+    row = json.loads((out / "conversion.json").read_text())["roles"]["head"]
+    errors = {"extremes_rms_error": 0.25}
+    seal(out, roles={"head": row | errors})
+    assert verify(out) == 0
+    text = capsys.readouterr().out
+    assert "25.00%" in text and "worst tensor" in text
+    errors |= {"weighted_rms_error": 0.125, "weighted_extremes_rms_error": 0.375}
+    seal(out, roles={"head": row | errors})
+    assert verify(out) == 0
+    text = capsys.readouterr().out
+    assert "25.00%    12.50%    37.50%" in text and "worst" not in text
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
