@@ -113,7 +113,9 @@ def memory_needs(plan: Plan) -> dict[str, int]:
 def minutes_of_arithmetic(plan: Plan) -> float:
     """Return the minutes that MLX needs for all weights, from a sample of the work done now."""
     rows, columns = PROBE_SHAPE
-    codes = mx.zeros(PROBE_SHAPE, mx.uint8)
+    # Values of both signs, none of them NaN: levels are fitted to zeros in half the time.
+    codes = mx.arange(rows * columns).reshape(PROBE_SHAPE).astype(mx.uint8) & 0xF7
+    mx.eval(codes)
     scale = mx.ones((rows // 128, columns // 128))
     settings = plan.recipe.default
     seconds = []

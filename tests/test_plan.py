@@ -11,6 +11,7 @@ from math import ceil, prod
 import pytest
 from mlx_lm.models.deepseek_v3 import ModelArgs as DeepseekV3Args
 
+from convert import report
 from convert.__main__ import main
 from convert.manifest import output_config
 from convert.planner import build
@@ -279,6 +280,15 @@ def test_digest_tells_plans_apart(tmp_path):
     digests.add(build(other, RECIPES["q4"]).digest)
     assert len(digests) == 6
     assert build(source, RECIPES["q4"]).digest in digests
+
+
+def test_the_time_of_fitted_levels(tmp_path, monkeypatch):
+    """The fit is nearly all of the work, and the plan must not promise the time of extremes."""
+    monkeypatch.setattr(report, "PROBE_SHAPE", (256, 2048))
+    source = open_folder(write_hub(tmp_path / "hub", D))
+    plans = [build(source, RECIPES[name]) for name in ("q2-mixed", "q2-fit")]
+    mixed, fitted = (report.minutes_of_arithmetic(plan) for plan in plans)
+    assert fitted > 2 * mixed
 
 
 def test_config_for_other_programs(tmp_path):
