@@ -24,9 +24,8 @@ from convert.planner import build
 from convert.recipe import RECIPES
 from mlx_dsv3.checkpoint.headers import TensorInfo
 from mlx_dsv3.config import ModelArgs
-from mlx_dsv3.device import BUFFER_CACHE_BYTES, buffer_cache_bytes
 from mlx_dsv3.errors import UserError, run_program
-from mlx_dsv3.memory import USABLE_SHARE, MemoryPlan, make_plan
+from mlx_dsv3.memory import MemoryPlan, make_plan, sold_limit_bytes
 
 MEMORIES = (16, 24, 32, 64, 96, 128, 192, 256, 512)  # GB of 2^30 bytes, as they are sold
 V3 = BASE | {
@@ -77,12 +76,6 @@ def headers(config: dict, recipe: str) -> dict[str, TensorInfo]:
     }
 
 
-def allowed_bytes(memory: int) -> int:
-    """Return what a plan may use on a Mac with so many GB, whatever this machine is."""
-    recommended = memory * 2**30 * (2 / 3 if memory <= 32 else 3 / 4)
-    return int(recommended * USABLE_SHARE) - (BUFFER_CACHE_BYTES - buffer_cache_bytes())
-
-
 def words(plan: MemoryPlan, args: ModelArgs, bandwidth: float) -> str:
     """Return a cell: resident, or the share held and the ceiling."""
     if plan.is_resident:
@@ -99,7 +92,7 @@ def words(plan: MemoryPlan, args: ModelArgs, bandwidth: float) -> str:
 
 def cell(tensors: dict, args: ModelArgs, memory: int, context: int, bandwidth: float) -> str:
     try:
-        limit = allowed_bytes(memory)
+        limit = sold_limit_bytes(memory)
         plan = make_plan(tensors, args, mx.bfloat16, context=context, limit_bytes=limit)
     except UserError:
         return "–"

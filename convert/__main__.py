@@ -9,17 +9,20 @@ import json
 import sys
 from pathlib import Path
 
-from mlx_dsv3.errors import UserError, imports, in_line, run_program
+from mlx_dsv3.errors import UserError, check_writable, imports, in_line, run_program
 
 with imports(__name__):
     from convert import recipe as recipes
     from convert import verify
     from convert.destination import SHARDS, Destination
     from convert.download import Shards, disk_peak, open_repo
+    from convert.fit_memory import fit_memory
+    from convert.identity import Identity
+    from convert.manifest import write_json
     from convert.plan import Plan
     from convert.planner import build
     from convert.progress import Progress, choose_style
-    from convert.report import plan_as_dict, print_errors, print_plan
+    from convert.report import plan_as_dict, print_errors, print_fitted, print_plan
     from convert.run import run
     from convert.sidecar import plan_sidecar, write_config
     from convert.source import Source, open_folder
@@ -27,7 +30,7 @@ with imports(__name__):
     from mlx_dsv3.checkpoint.hub import Repo, is_repo_id
     from mlx_dsv3.checkpoint.importance import Importance
     from mlx_dsv3.checkpoint.importance import read as read_importance
-    from mlx_dsv3.options import Parser, whole
+    from mlx_dsv3.options import Parser, number, whole
     from mlx_dsv3.sizes import size
 
 MOST_JOBS = 64
@@ -60,6 +63,16 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--q-group-size", type=int)
         command.add_argument("--q-mode", choices=list(recipes.ALLOWED))
         command.add_argument(
+            "--fit-memory",
+            type=number("fit_memory"),
+            metavar="GB",
+            help="choose bits by layer, to run resident on a machine with so much memory",
+        )
+        length = "tokens that --fit-memory keeps room for"
+        command.add_argument("--context", type=number("context"), metavar="N", help=length)
+        kept = "write the recipe there, for `--recipe FILE`"
+        command.add_argument("--save-recipe", type=recipe_file, metavar="FILE", help=kept)
+        command.add_argument(
             "--stacked", action="store_true", help="stack routed experts, for other engines"
         )
     convert.add_argument(
@@ -85,6 +98,14 @@ def filled(text: str) -> str:
     return text
 
 
+def recipe_file(text: str) -> Path:
+    """Return the name of a file that `--recipe` will know as one."""
+    if not text.endswith(".json"):
+        raise UserError(f"`--save-recipe` is `{text}`; the name ends with `.json`")
+    check_writable(Path(text))
+    return Path(text)
+
+
 def open_source(args: argparse.Namespace, only_mtp: bool = False) -> tuple[Source, Shards | None]:
     """Open SOURCE, or the MTP layer's shards of it: a folder, or a repository by its headers.
 
@@ -104,20 +125,41 @@ def open_source(args: argparse.Namespace, only_mtp: bool = False) -> tuple[Sourc
 
 
 def make_plan(args: argparse.Namespace) -> tuple[Plan, Shards | None]:
+    """Plan by the recipe that is asked for, or by one that fits a memory, which is shown first."""
     recipe = recipes.choose(args.recipe, args.q_bits, args.q_group_size, args.q_mode)
+    check_fit_memory(args)
     importance = open_importance(args, recipe)
     source, shards = open_source(args)
+    if args.fit_memory is not None:
+        if importance:
+            importance.check(source.args, Identity(source))
+        fitted = fit_memory(source, args.fit_memory, args.context, importance)
+        recipe = fitted.recipe
+        if not args.json:
+            print_fitted(fitted)
+    if args.save_recipe:
+        write_json(args.save_recipe, recipe.as_dict())
     plan = build(source, recipe, "stacked" if args.stacked else "records", importance)
     if importance:
         importance.check(source.args, plan.identity)
     return plan, shards
 
 
+def check_fit_memory(args: argparse.Namespace) -> None:
+    """Refuse flags that do not go together."""
+    chosen = [args.recipe, args.q_bits, args.q_group_size, args.q_mode]
+    if args.fit_memory is not None and any(flag is not None for flag in chosen):
+        hint = "drop one of the two; `--save-recipe FILE.json` keeps what was chosen"
+        raise UserError("`--fit-memory` excludes `--recipe` and `--q-*`: it chooses both", hint)
+    if args.context is not None and args.fit_memory is None:
+        raise UserError("`--context` needs `--fit-memory`", "a conversion is for any context")
+
+
 def open_importance(args: argparse.Namespace, recipe: recipes.Recipe) -> Importance | None:
     """Read FILE of `--importance`, for a recipe that has a use for it."""
     if args.importance is None:
         return None
-    if recipe.levels != "fitted" and getattr(args, "fit_memory", None) is None:
+    if recipe.levels != "fitted" and args.fit_memory is None:
         fitted = [name for name, known in recipes.RECIPES.items() if known.levels == "fitted"]
         raise UserError(
             f"`--importance` has no use in the recipe `{recipe.name}`, whose levels are "

@@ -4,6 +4,7 @@ Sizes in memory are sums of what the files hold; what a run adds on top (activat
 the runtime's to say.
 """
 
+import sys
 import time
 
 import mlx.core as mx
@@ -11,11 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from convert.dequantize import dequantize_blocks
+from convert.fit_memory import Fitted, fitted_rows
 from convert.plan import Plan, role_rows
 from convert.quantize import store
 from mlx_dsv3.checkpoint.format import EXPERT_KEY
 from mlx_dsv3.errors import in_line
-from mlx_dsv3.sizes import size
+from mlx_dsv3.sizes import gigabytes, size
 
 CACHE_DTYPE_BYTES = 2
 LEAST_WIDTH = 80  # a narrower terminal wraps the lines of a table
@@ -36,9 +38,9 @@ def compact_table(*columns: str) -> Table:
     return table
 
 
-def print_table(table: Table) -> None:
+def print_table(table: Table, to_stderr: bool = False) -> None:
     """Print a table whose words are nothing but words: `[/x]` and `:x:` are no markup."""
-    console = Console(markup=False, emoji=False)
+    console = Console(markup=False, emoji=False, stderr=to_stderr)
     console.width = max(console.width, LEAST_WIDTH)  # in `COLUMNS=1` rich leaves out every word
     console.print(table)
 
@@ -54,7 +56,7 @@ def print_plan(plan: Plan, disk_peak: int | None) -> None:
             row.role,
             f"{len(row.tensors):,}",
             " ".join(sorted(row.source_types)),
-            ", ".join(sorted(row.stored_as)),
+            ", ".join(sorted(row.stored_as)) if len(row.stored_as) == 1 else "by layer",
             size(row.source_bytes),
             size(row.nbytes),
             f"{8 * row.nbytes / row.weights:.2f}",
@@ -78,6 +80,22 @@ def print_plan(plan: Plan, disk_peak: int | None) -> None:
 def weighed(plan: Plan) -> str:
     """Say by which importance the levels are fitted."""
     return f", weighed by `{in_line(plan.importance.path.name)}`" if plan.importance else ""
+
+
+def print_fitted(fitted: Fitted) -> None:
+    """Print on stderr what `--fit-memory` chose, before the work begins."""
+    table = compact_table("role", "layers x bits/group", "size", "error")
+    for role, words, nbytes, error in fitted_rows(fitted):
+        table.add_row(role, words, size(nbytes), f"{error:.1%}")
+    table.columns[1].no_wrap = False
+    print_table(table, to_stderr=True)
+    how = "measured on rows of the weights" if fitted.is_measured else "of normal weights, computed"
+    print(
+        f"memory  {gigabytes(fitted.total_bytes)} resident at a context of {fitted.context:,} "
+        f"tokens;\n        such a machine lets the model use {gigabytes(fitted.limit_bytes)} "
+        f"(computed); errors {how}\n",
+        file=sys.stderr,
+    )
 
 
 def disk_needs(plan: Plan, disk_peak: int | None) -> str:

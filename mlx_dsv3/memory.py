@@ -14,7 +14,12 @@ import mlx.core as mx
 from mlx_dsv3.checkpoint.format import EXPERT_KEY, PROJECTIONS, mtp_prefix
 from mlx_dsv3.checkpoint.headers import TensorInfo
 from mlx_dsv3.config import ModelArgs
-from mlx_dsv3.device import available_bytes, buffer_cache_bytes, most_wired_bytes
+from mlx_dsv3.device import (
+    BUFFER_CACHE_BYTES,
+    available_bytes,
+    buffer_cache_bytes,
+    most_wired_bytes,
+)
 from mlx_dsv3.errors import UserError
 from mlx_dsv3.experts.files import FLOAT_BYTES, LayerExperts
 from mlx_dsv3.options import SETTINGS
@@ -32,6 +37,16 @@ CHUNK_SHARE = 0.05  # of the memory for experts, that a larger chunk may take fr
 DEFAULT_CONTEXT = 32768
 LEAST_CONTEXT = 1024  # that is planned for where none was asked for
 MODES = ("auto", "resident", "streamed")
+
+
+def sold_limit_bytes(gb: float) -> int:
+    """Return what a plan may use on a Mac that is sold with `gb` GB (of 2^30), wherever asked.
+
+    Metal recommends about two thirds of memory up to 32 GB and three quarters above, as owners
+    report; less what MLX keeps there of freed buffers, which a plan made here leaves out.
+    """
+    recommended = gb * 2**30 * (2 / 3 if gb <= 32 else 3 / 4)
+    return int(recommended * USABLE_SHARE) - (BUFFER_CACHE_BYTES - buffer_cache_bytes())
 
 
 @dataclass(frozen=True)

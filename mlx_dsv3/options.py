@@ -85,6 +85,9 @@ SETTINGS = {
     "expert_memory": Setting(
         float, lambda x: 0 <= x <= 1e6, "GB, a number from 0", "`--plan` shows what experts take"
     ),
+    "fit_memory": Setting(
+        float, lambda x: 0 < x <= 1e6, "GB, a number above 0", "a Mac with 192 GB takes 192"
+    ),
     "context": Setting(
         int, lambda n: n >= 1, "a number of tokens from 1", "`--plan` shows what a length takes"
     ),

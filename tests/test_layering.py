@@ -123,7 +123,9 @@ def test_a_room_says_how_to_read_it(room):
 )
 def test_convert_knows_no_model(path):
     """Converting 671B must not need the model, mlx-lm or torch."""
-    assert own_modules(path) <= {"errors", "sizes", "options", "json_files", "config", "checkpoint"}
+    may = {"errors", "sizes", "options", "json_files", "config", "checkpoint"}
+    may |= {"memory"} if path.stem == "fit_memory" else set()  # a plan is made from headers alone
+    assert own_modules(path) <= may
     assert third_party(path) <= CONVERT_MAY
 
 
