@@ -239,8 +239,8 @@ def recipe_of(name: str, items: list[Item], chosen: list[Choice]) -> Recipe:
 def too_little(gb: float, limit: int, least: int, context: int) -> UserError:
     enough = next(n for n in range(ceil(gb), 1 << 20) if sold_limit_bytes(n) >= least)
     return UserError(
-        f"a machine with {gb:g} GB lets the model use {gigabytes(max(limit, 0))}; resident it takes "
-        f"{gigabytes(least)} with the least bits, at a context of {context:,} tokens",
+        f"a machine with {gb:g} GB lets the model use {gigabytes(max(limit, 0))}; resident it "
+        f"takes {gigabytes(least)} with the least bits, at a context of {context:,} tokens",
         f"`--fit-memory {enough}` is the least; with less, experts are streamed: `--recipe q2-fit`",
     )
 
