@@ -1,6 +1,6 @@
 """Which Mac runs what: the README's table, computed from headers alone. Nothing here is measured.
 
-    python benchmarks/which_mac.py [--bandwidth GB/s] [--context N]
+    python benchmarks/which_mac.py [--bandwidth GB/s] [--context N] [--fit]
 
 Each cell is the plan of `mlx_dsv3.memory` for that memory: 0.92 of the working set that Metal
 recommends, less what MLX may keep in freed buffers; activations in bfloat16. Recommended is taken
@@ -11,22 +11,29 @@ A streamed model has a ceiling, the tokens per second that the disk alone allows
 the bytes of the experts that a token misses. The share of hits is taken as the share of experts
 held; on the demo model a quarter of the slots hits 39.9 % (docs/log.md). What arithmetic takes is
 not in it.
+
+With --fit: what `convert plan --fit-memory` chooses for V3 from headers, or the least memory that
+would do.
 """
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 
 import mlx.core as mx
 from synthetic import BASE, source_of
 
+from convert.fit_memory import survey
 from convert.planner import build
-from convert.recipe import RECIPES
+from convert.recipe import EXPERTS, RECIPES
 from mlx_dsv3.checkpoint.headers import TensorInfo
 from mlx_dsv3.config import ModelArgs
 from mlx_dsv3.errors import UserError, run_program
 from mlx_dsv3.memory import MemoryPlan, make_plan, sold_limit_bytes
+from mlx_dsv3.sizes import gigabytes
 
+FITTED = (96, 128, 192, 256, 384, 512)
 MEMORIES = (16, 24, 32, 64, 96, 128, 192, 256, 512)  # GB of 2^30 bytes, as they are sold
 V3 = BASE | {
     "vocab_size": 129280,
@@ -109,15 +116,41 @@ def table(context: int = 8192, bandwidth: float = 6.0) -> list[list[str]]:
     return rows
 
 
+def fit_rows(context: int) -> list[list[str]]:
+    """Return memory, what it allows, what the fitted recipe takes, bits of the experts."""
+    rows, offers = [], survey(source_of(V3), context)
+    for memory in FITTED:
+        allowed = gigabytes(sold_limit_bytes(memory))
+        try:
+            found = offers.fit(memory)
+        except UserError as error:
+            least = error.hint.split("`")[1].split()[1]
+            rows.append([f"{memory} GB", allowed, f"– (from {least} GB)", ""])
+            continue
+        bits = Counter(c.quantization.bits for i, c in found.chosen if i.role in EXPERTS)
+        words = ", ".join(f"{n} x {b} bits" for b, n in sorted(bits.items()))
+        rows.append([f"{memory} GB", allowed, gigabytes(found.total_bytes), words])
+    return rows
+
+
+def print_rows(names: list[str], rows: list[list[str]]) -> None:
+    for row in [names, ["---"] * len(names), *rows]:
+        print(f"| {' | '.join(row)} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bandwidth", type=float, default=6.0, metavar="GB/s")
     parser.add_argument("--context", type=int, default=8192, metavar="N")
+    parser.add_argument("--fit", action="store_true", help="recipes that --fit-memory chooses")
     options = parser.parse_args()
+    if options.fit:
+        rows = fit_rows(options.context)
+        print_rows(["memory", "the model may use", "resident", "experts, by layer and role"], rows)
+        return
     rows = table(options.context, options.bandwidth)
     names = ["memory", *(f"{model} `{recipe}`" for model, recipe in COLUMNS)]
-    for row in [names, ["---"] * len(names), *rows]:
-        print(f"| {' | '.join(row)} |")
+    print_rows(names, rows)
     print(json.dumps({"bandwidth": options.bandwidth, "context": options.context, "rows": rows}))
 
 

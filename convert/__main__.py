@@ -16,7 +16,7 @@ with imports(__name__):
     from convert import verify
     from convert.destination import SHARDS, Destination
     from convert.download import Shards, disk_peak, open_repo
-    from convert.fit_memory import fit_memory
+    from convert.fit_memory import survey
     from convert.identity import Identity
     from convert.manifest import write_json
     from convert.plan import Plan
@@ -101,7 +101,8 @@ def filled(text: str) -> str:
 def recipe_file(text: str) -> Path:
     """Return the name of a file that `--recipe` will know as one."""
     if not text.endswith(".json"):
-        raise UserError(f"`--save-recipe` is `{text}`; the name ends with `.json`")
+        hint = f"`--save-recipe {text}.json` writes one"
+        raise UserError(f"`--save-recipe` is `{text}`; a recipe's name ends with `.json`", hint)
     check_writable(Path(text))
     return Path(text)
 
@@ -133,7 +134,7 @@ def make_plan(args: argparse.Namespace) -> tuple[Plan, Shards | None]:
     if args.fit_memory is not None:
         if importance:
             importance.check(source.args, Identity(source))
-        fitted = fit_memory(source, args.fit_memory, args.context, importance)
+        fitted = survey(source, args.context, importance).fit(args.fit_memory)
         recipe = fitted.recipe
         if not args.json:
             print_fitted(fitted)

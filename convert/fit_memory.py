@@ -12,7 +12,7 @@ bytes count, and they are bought in the order of error saved per byte.
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from math import ceil, prod
@@ -61,28 +61,49 @@ class Item(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """A chosen recipe, and what it was chosen by."""
+    """A recipe, the choices that make it, and what its folder takes of what a machine allows."""
 
     recipe: Recipe
-    items: list[Item]
-    chosen: list[Choice]
+    chosen: list[tuple[Item, Choice]]
     total_bytes: int
     limit_bytes: int
-    context: int
-    is_measured: bool
+    survey: "Survey"
 
 
 Matrices = dict[str, tuple[Unit, int, tuple[int, ...]]]  # path -> unit, its target, shape
 
 
-def fit_memory(
-    source: Source, gb: float, context: int | None = None, importance: Importance | None = None
-) -> Fitted:
-    """Choose the recipe for a machine that is sold with `gb` GB of memory.
+@dataclass(frozen=True)
+class Survey:
+    """What can be chosen; `fixed_bytes` is all that no choice changes, `context` in tokens."""
 
-    `context` in tokens is the length that memory is kept for. Raises `UserError` with the least
-    memory that would do.
-    """
+    items: list[Item]
+    fixed_bytes: int
+    context: int
+    is_measured: bool
+
+    @property
+    def least_bytes(self) -> int:
+        return self.fixed_bytes + sum(item.choices[0].nbytes for item in self.items)
+
+    def fit(self, gb: float) -> Fitted:
+        """Choose for a machine that is sold with `gb` GB of memory.
+
+        Raises `UserError` with the least memory that would do.
+        """
+        limit = sold_limit_bytes(gb)
+        if self.least_bytes > limit:
+            raise too_little(gb, limit, self.least_bytes, self.context)
+        chosen = choose(self.items, limit - self.fixed_bytes)
+        total = self.fixed_bytes + sum(choice.nbytes for choice in chosen)
+        pairs = list(zip(self.items, chosen, strict=True))
+        return Fitted(recipe_of(f"fit-{gb:g}", pairs), pairs, total, limit, self)
+
+
+def survey(
+    source: Source, context: int | None = None, importance: Importance | None = None
+) -> Survey:
+    """Measure what each choice costs and loses; seconds, also for 671B."""
     context = min(context or DEFAULT_CONTEXT, source.args.max_position_embeddings)
     plan = build(source, replace(RECIPES["q8"], levels="fitted"), "records", importance)
     is_measured = source.repo is None and bool(source.stamps)
@@ -90,14 +111,7 @@ def fit_memory(
     errors = measured_errors if is_measured else normal_errors
     items = [Item(*key, choices_of(plan, key[0], found, errors)) for key, found in groups.items()]
     eight = sum(nbytes_of(found, Quantization(8)) for found in groups.values())
-    fixed, limit = needed_bytes(plan, context) - eight, sold_limit_bytes(gb)
-    chosen = choose(items, limit - fixed)
-    if chosen is None:
-        least = fixed + sum(item.choices[0].nbytes for item in items)
-        raise too_little(gb, limit, least, context)
-    total = fixed + sum(choice.nbytes for choice in chosen)
-    recipe = recipe_of(f"fit-{gb:g}", items, chosen)
-    return Fitted(recipe, items, chosen, total, limit, context, is_measured)
+    return Survey(items, needed_bytes(plan, context) - eight, context, is_measured)
 
 
 def matrices_by_item(plan: Plan) -> dict[tuple[str, int | None], Matrices]:
@@ -160,12 +174,10 @@ def saving(a: Choice, b: Choice) -> float:
     return (a.error - b.error) / max(b.nbytes - a.nbytes, 1)
 
 
-def choose(items: list[Item], budget: int) -> list[Choice] | None:
-    """Return a choice for each item, or None where the smallest are too much together."""
+def choose(items: list[Item], budget: int) -> list[Choice]:
+    """Return a choice for each item; `budget` is enough for the smallest of all."""
     level = [0] * len(items)
     left = budget - sum(item.choices[0].nbytes for item in items)
-    if left < 0:
-        return None
     steps = [
         (saving(a, b), i, n, b.nbytes - a.nbytes)
         for i, item in enumerate(items)
@@ -223,14 +235,14 @@ def normal_error(quantization: Quantization) -> float:
     return error / square
 
 
-def recipe_of(name: str, items: list[Item], chosen: list[Choice]) -> Recipe:
+def recipe_of(name: str, chosen: list[tuple[Item, Choice]]) -> Recipe:
     """Write choices down: what most layers of a role have, and the layers that differ."""
     by_role = dict.fromkeys(ROLES, Quantization(8))
     for role in by_role:
-        found = [c.quantization for item, c in zip(items, chosen, strict=True) if item.role == role]
-        by_role[role] = max(found, key=found.count, default=Quantization(8))
+        found = [choice.quantization for item, choice in chosen if item.role == role]
+        by_role[role] = max(found, key=found.count, default=by_role[role])
     by_layer = defaultdict(dict)
-    for item, choice in zip(items, chosen, strict=True):
+    for item, choice in chosen:
         if item.layer is not None and choice.quantization != by_role[item.role]:
             by_layer[item.layer][item.role] = choice.quantization
     return Recipe(name, by_role, levels="fitted", by_layer=dict(sorted(by_layer.items())))
@@ -248,7 +260,7 @@ def too_little(gb: float, limit: int, least: int, context: int) -> UserError:
 def fitted_rows(fitted: Fitted) -> list[tuple[str, str, int, float]]:
     """Return (role, how it is stored, bytes, relative RMS error) for a table."""
     found = defaultdict(list)
-    for item, choice in zip(fitted.items, fitted.chosen, strict=True):
+    for item, choice in fitted.chosen:
         found[item.role].append(choice)
     rows = []
     for role, choices in found.items():

@@ -89,11 +89,15 @@ def print_fitted(fitted: Fitted) -> None:
         table.add_row(role, words, size(nbytes), f"{error:.1%}")
     table.columns[1].no_wrap = False
     print_table(table, to_stderr=True)
-    how = "measured on rows of the weights" if fitted.is_measured else "of normal weights, computed"
+    how = (
+        "measured on rows of the weights"
+        if fitted.survey.is_measured
+        else "of normal weights, computed"
+    )
     print(
-        f"memory  {gigabytes(fitted.total_bytes)} resident at a context of {fitted.context:,} "
-        f"tokens;\n        such a machine lets the model use {gigabytes(fitted.limit_bytes)} "
-        f"(computed); errors {how}\n",
+        f"memory  {gigabytes(fitted.total_bytes)} resident at a context of "
+        f"{fitted.survey.context:,} tokens;\n        such a machine lets the model use "
+        f"{gigabytes(fitted.limit_bytes)} (computed); errors {how}\n",
         file=sys.stderr,
     )
 

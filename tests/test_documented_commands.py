@@ -124,7 +124,8 @@ LIMITS = {
         "python benchmarks/bench_routing.py --record MODEL --text FILE --out TRACE",
         "python benchmarks/bench_routing.py --replay TRACE [--slots N ...]",
         "python benchmarks/which_mac.py",
-        "python benchmarks/which_mac.py [--bandwidth GB/s] [--context N]",
+        "python benchmarks/which_mac.py [--bandwidth GB/s] [--context N] [--fit]",
+        "python benchmarks/which_mac.py --fit",
     ],
     (parsed, "takes minutes"): [
         "python -m demo.judge.evaluate build/judge-text/train.txt",
