@@ -6,8 +6,8 @@ error is the squared error of its output over the output's square, measured with
 rows of its own weights, each input channel weighed by its importance and each expert by the share
 of tokens that it gets. Where only headers are known, weights are taken as normally distributed.
 
-The sum of all errors is made least: of each item's choices those on the convex hull of error over
-bytes count, and they are bought in the order of error saved per byte.
+The sum of all errors, some of which count more (COUNTS), is made least: of each item's choices
+those on the convex hull of error over bytes are bought in the order of error saved per byte.
 """
 
 from collections import Counter, defaultdict
@@ -39,6 +39,9 @@ from mlx_dsv3.sizes import gigabytes
 # Drafts of an MTP module with few bits are hardly ever accepted (convert/recipe.py).
 BITS = dict.fromkeys(EXPERTS, (2, 3, 4, 5, 6, 8)) | {"mtp": (8,)}
 OTHER_BITS = (4, 5, 6, 8)  # of what every token meets
+# What an error counts, beside the same one of any other role: nothing runs in parallel to these,
+# and the last layers see all of it. On the judge 4 to 16 serve alike (docs/log.md).
+COUNTS = dict.fromkeys(("embedding", "head", "dense"), 8)
 SAMPLED = 3  # matrices of an item, about
 SAMPLE_ROWS, SAMPLE_WEIGHTS = 128, 1 << 16  # of each of its matrices
 UNBOUNDED = 1 << 62
@@ -179,7 +182,7 @@ def choose(items: list[Item], budget: int) -> list[Choice]:
     level = [0] * len(items)
     left = budget - sum(item.choices[0].nbytes for item in items)
     steps = [
-        (saving(a, b), i, n, b.nbytes - a.nbytes)
+        (COUNTS.get(item.role, 1) * saving(a, b), i, n, b.nbytes - a.nbytes)
         for i, item in enumerate(items)
         for n, (a, b) in enumerate(pairwise(item.choices))
     ]

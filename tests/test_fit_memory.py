@@ -68,6 +68,13 @@ def test_no_other_choice_is_better_by_more_than_a_step(seed):
     assert sum(choice.error for choice in chosen) <= best + max(steps, default=0)
 
 
+def test_what_no_layer_goes_around_gets_bits_first():
+    """On the judge, the head with the bits of an expert cost a fifth of the KL."""
+    choices = [Choice(Quantization(bits), size, 1 / size) for bits, size in ((4, 10), (8, 20))]
+    items = [Item(role, None, choices) for role in ("experts_down", "head", "attention", "dense")]
+    assert [choice.nbytes for choice in choose(items, 60)] == [10, 20, 10, 20]
+
+
 def test_hull_keeps_what_is_best_at_some_price():
     sizes_and_errors = [(10, 9.0), (20, 8.9), (30, 1.0), (40, 2.0), (50, 0.5)]
     choices = [Choice(Quantization(4), *pair) for pair in sizes_and_errors]
