@@ -2,11 +2,12 @@
 
     python benchmarks/bench_parity.py [--folder DIR] [--recipes q8 q4 ...] [--golden FILE ...]
     python benchmarks/bench_parity.py --short 6 [--seed 1] [--recipes q8 q4 ...]
+    python benchmarks/bench_parity.py --checkpoint demo/judge/checkpoint --golden FILE ...
 
-Converts demo/checkpoint with each recipe and replays tests/golden/, free and teacher-forced.
-Prints the largest value of each measure over all stages, and the text's. Errors of one source
-alone are the rows against `demo-float32`; what FP8 arithmetic adds shows where the recipe is
-float32 and the golden file is FP8.
+Converts demo/checkpoint, or another one, with each recipe and replays tests/golden/, free and
+teacher-forced. Prints the largest value of each measure over all stages, and the text's. Errors of
+one source alone are the rows against `demo-float32`; what FP8 arithmetic adds shows where the
+recipe is float32 and the golden file is FP8.
 
 `--short` asks another question: of so many texts of 20, 50 and 100 tokens, drawn from the corpus of
 the demo model and recorded here, how many is a right conversion outside the bounds of?
@@ -39,10 +40,10 @@ CHECKPOINT = ROOT / "demo/checkpoint"
 COLUMNS = ("error", "worst", "channel", "router", "outside ties", "KL", "perplexity", "best token")
 
 
-def convert_to(folder: Path) -> Path:
-    """Convert the demo checkpoint with the recipe of the folder's name."""
+def convert_to(folder: Path, checkpoint: Path = CHECKPOINT) -> Path:
+    """Convert a checkpoint with the recipe of the folder's name."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        convert(["run", str(CHECKPOINT), str(folder), "--recipe", folder.name])
+        convert(["run", str(checkpoint), str(folder), "--recipe", folder.name])
     return folder
 
 
@@ -122,6 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, help="where to convert (default: temporary)")
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="of --golden's files")
     parser.add_argument("--golden", type=Path, nargs="+", help="default: tests/golden/")
     parser.add_argument("--short", type=int, metavar="N", help="texts of each length to judge")
     parser.add_argument("--seed", type=int, default=1, help="of --short's texts (default: 1)")
@@ -142,7 +144,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=args.folder) as work:
         for recipe in args.recipes:
-            folder = convert_to(Path(work) / recipe)
+            folder = convert_to(Path(work) / recipe, args.checkpoint)
             for golden in files:
                 modes = [("free",)]
                 if recipe not in ("float32", "bf16"):  # MLX's CPU backend multiplies those in F32

@@ -5,7 +5,7 @@
     python benchmarks/bench_routing.py --record MODEL --text FILE --out TRACE
 
 --replay  hit rates of replacement policies at several capacities, on a trace that `chat.py --trace`
-          or `--record` wrote; `optimal` (Belady) knows the future and bounds what any can reach
+          or `--record` wrote; `fading` is that of the bank; `optimal` (Belady) knows the future
 --record  the trace of a text, as if each of its tokens had been decoded: the judge has no chat
 --predict how many of a layer's experts its router names when it is asked one layer early
 
@@ -69,6 +69,20 @@ def frequency(steps: list[list[int]], capacity: int) -> int:
     return hits
 
 
+def fading(steps: list[list[int]], capacity: int) -> int:
+    """Return the hits of least used of late, as in `Bank`: a use fades by half in E / K steps."""
+    experts, each = 1 + max(map(max, steps)), max(map(len, steps))
+    uses, held, hits = np.zeros(experts), set(), 0
+    for step in steps:
+        hits += sum(expert in held for expert in step)
+        uses *= 0.5 ** (each / experts)
+        uses[step] += 1
+        held |= set(step)
+        while len(held) > capacity:
+            held.remove(min(held - set(step), key=uses.__getitem__))
+    return hits
+
+
 def optimal(steps: list[list[int]], capacity: int) -> int:
     """Return the hits of dropping what is needed again latest."""
     uses = defaultdict(list)
@@ -87,7 +101,7 @@ def optimal(steps: list[list[int]], capacity: int) -> int:
     return hits
 
 
-POLICIES = {"lru": lru, "frequency": frequency, "optimal": optimal}
+POLICIES = {"lru": lru, "frequency": frequency, "fading": fading, "optimal": optimal}
 
 
 def replay(path: Path, capacities: list[int] | None) -> list[dict]:
@@ -120,6 +134,22 @@ def replay(path: Path, capacities: list[int] | None) -> list[dict]:
     return rows
 
 
+def prefetched(true: list[list[int]], guess: list[list[int]], experts: int) -> dict[str, float]:
+    """Return the share of misses that the guess names, and reads in vain for each one of these.
+
+    With a quarter of the experts held, the least recently used replaced.
+    """
+    last, misses, found, wasted = {}, 0, 0, 0
+    for now, (needed, named) in enumerate(zip(true, guess, strict=True)):
+        missing, read = set(needed) - set(last), set(named) - set(last)
+        misses, found = misses + len(missing), found + len(missing & read)
+        wasted += len(read - missing)
+        last |= dict.fromkeys(needed, now)
+        for expert in sorted(last, key=last.get)[: len(last) - experts // 4]:
+            del last[expert]
+    return {"misses named": found / misses, "in vain for each": wasted / max(found, 1)}
+
+
 def record(folder: Path, text: str, out: Path) -> list[dict]:
     """Write the experts of each token of a text; a token's choice needs no step of its own."""
     with load(folder) as loaded:
@@ -136,7 +166,8 @@ def predict(folder: Path, text: str) -> list[dict]:
     """Apply each MoE layer's router to the state one layer earlier; return its recall.
 
     A prefetcher would read the experts so named while the layer before still computes. Reads of
-    wrongly named ones are the price: the last column counts them for each useful one.
+    wrongly named ones are the price: `wasted` counts them for each useful one. Most of the experts
+    so named are held already; what a prefetcher would read is in the last two columns.
     """
     loaded = load(folder)
     ids = mx.array([loaded.tokenizer.encode(text, add_special_tokens=False)[:2048]])
@@ -155,6 +186,7 @@ def predict(folder: Path, text: str) -> list[dict]:
                 found = sum(len(np.intersect1d(a, b)) for a, b in zip(true, guess, strict=True))
                 row[f"recall@{count}"] = found / true.size
                 row[f"wasted@{count}"] = (guess.size - found) / max(found, 1)
+            row |= prefetched(true.tolist(), early[i][:, :K].tolist(), loaded.args.n_routed_experts)
             rows.append(row)
             print("predict  " + ", ".join(f"{k} {v:.2f}" for k, v in row.items()))
         h = attended + layer.mlp(x)

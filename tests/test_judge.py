@@ -14,6 +14,7 @@ from demo.judge import corpus
 from demo.model_config import JUDGE
 from mlx_dsv3.load import load
 from mlx_dsv3.parity import __main__ as parity
+from mlx_dsv3.reference import record
 
 HERE = Path(corpus.__file__).parent
 CHECKPOINT = HERE / "checkpoint"
@@ -82,6 +83,25 @@ def test_drafts_are_often_right_and_often_wrong(folder):
         best = loaded.model.lm_head(g)[0, 1:-1].argmax(-1)
         draft = loaded.mtp(g[:, :-1], ids[:, 1:])[0][0, :-1].argmax(-1)
     assert 0.55 < (best == draft).astype(mx.float32).mean().item() < 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arithmetic", ["float32", "fp8"])
+def test_bounds_hold_for_it(arithmetic, tmp_path, capsys):
+    """They were measured on the demo, whose forced attention has no rows to which it adds little."""
+    argv = [str(CHECKPOINT), str(tmp_path / "golden"), "--device", "cpu", "--states", "all"]
+    for number in range(4):
+        file = tmp_path / f"{number}.txt"
+        file.write_text(HELD_OUT[len(HELD_OUT) * number // 4 :][:330])
+        argv += ["--prompt-file", str(file)]
+    assert record.main([*argv, "--arithmetic", arithmetic]) == 0
+    for recipe in ("float32", "q8", "q6", "q4", "q3", "q2-mixed", "mxfp4"):
+        folder = tmp_path / recipe
+        assert convert(["run", str(CHECKPOINT), str(folder), "--recipe", recipe]) == 0
+        for mode in ([], ["--teacher-forced"]):
+            assert parity.main([str(folder), str(tmp_path / "golden"), *mode]) == 0, (
+                capsys.readouterr()
+            )
 
 
 @pytest.mark.slow

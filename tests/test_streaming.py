@@ -192,6 +192,27 @@ def test_decoding_hits_what_it_has(folder_of):
     store.close()
 
 
+def test_what_is_used_often_outlasts_what_was_used_last(folder_of):
+    """By age alone the regular would go; by counts alone it would stay when nobody asks for it."""
+    store = open_store(folder_of("q4"), K)
+    bank = store.open_layer(1)
+
+    def use(*experts):
+        bank.begin(np.array(experts, np.int32)).wait()
+
+    for other in range(1, K):
+        use(0)
+        use(0, other)
+    use(*range(1, K))  # the regular is now the oldest
+    use(K)
+    assert bank.slot_of[0] != EMPTY
+    for _ in range(8 * E):
+        use(*range(1, K))
+    use(K)
+    assert bank.slot_of[0] == EMPTY
+    store.close()
+
+
 @pytest.mark.parametrize("kind", ["truncated", "error"])
 def test_a_failed_read_ends_the_step_and_nothing_else(folder_of, tmp_path, monkeypatch, kind):
     """A cut file or a dying disk: an error with file and offset; the session then goes on."""

@@ -2,7 +2,7 @@
 
 With a slot for every expert a bank is *resident*: filled once, slot e holds expert e, and no step
 of a GPU waits for the host (on a CPU a prompt does, for its products in NumPy). With fewer it is
-*streamed*: `begin` maps the experts of a step to slots, evicting the least recently used, and the
+*streamed*: `begin` maps the experts of a step to slots, evicting the least used of late, and the
 reader's threads bring the missing ones straight into the rows of the bank's arrays while MLX
 computes.
 
@@ -140,8 +140,9 @@ class Bank:
         self.identity = self.read_identity(experts)
         self.slot_of = np.full(self.num_experts, EMPTY, np.int32)
         self.expert_in = np.full(capacity, EMPTY, np.int32)
-        self.used = np.zeros(capacity, np.int64)  # step of last use
-        self.step = 0
+        self.uses = np.zeros(self.num_experts)  # of each expert, old ones for less
+        # A use is worth half after E / K steps: those between two uses where all experts are alike.
+        self.fading = 0.5 ** (experts.args.num_experts_per_tok / self.num_experts)
         self.pending_uses: dict[int, mx.array] = {}
         self.fetches: set[Fetch] = set()  # begun and not settled
         self.busy_until = 0.0  # when the last read ended that was waited for
@@ -197,11 +198,11 @@ class Bank:
         returned fetch is done; `slot_of` is right at once. Whoever cannot wait for it, because of
         an error or Ctrl-C, calls `join`.
         """
-        self.step += 1
+        self.uses *= self.fading
+        self.uses[experts] += 1
         slots = self.slot_of[experts]
         is_hit = slots != EMPTY
         missing, hits = experts[~is_hit], slots[is_hit]
-        self.used[hits] = self.step
         self.counters.hits += len(hits)
         self.counters.misses += len(missing)
         fetch = Fetch(self, missing)
@@ -224,7 +225,6 @@ class Bank:
         self.slot_of[evicted[evicted != EMPTY]] = EMPTY
         self.expert_in[slots] = fetch.missing
         self.slot_of[fetch.missing] = slots
-        self.used[slots] = self.step
         self.counters.nbytes += sum(job.nbytes for job in jobs)
         self.fetches.add(fetch)
 
@@ -265,11 +265,14 @@ class Bank:
         return view[slot * nbytes : (slot + 1) * nbytes], dtype
 
     def victims(self, count: int, busy: np.ndarray) -> np.ndarray:
-        """Return the least recently used slots, empty ones first, none of them busy."""
-        age = np.where(self.expert_in == EMPTY, EMPTY, self.used)
-        age[busy] = np.iinfo(np.int64).max
-        order = np.argsort(age, kind="stable")[:count]
-        assert len(order) == count and age[order[-1]] < np.iinfo(np.int64).max, (
+        """Return the slots of the experts least used of late, empty ones first, none of them busy.
+
+        Better than the least recently used on both models of `demo/` (`bench_routing.py`).
+        """
+        worth = np.where(self.expert_in == EMPTY, EMPTY, self.uses[self.expert_in])
+        worth[busy] = np.inf
+        order = np.argsort(worth, kind="stable")[:count]
+        assert len(order) == count and worth[order[-1]] < np.inf, (
             f"layer {self.layer}: {count} slots wanted, {self.capacity} there, {len(busy)} busy"
         )
         return order

@@ -7,8 +7,11 @@ otherwise, a position is another computation, and those that attend to it notice
 (`REROUTED`, `DISTURBED`), and so does a short text, whose mean is one of few tokens (`text_bound`).
 
 All rows come from the demo model (`benchmarks/bench_parity.py`; figures in `docs/parity.md`): the
-largest value seen, times 1.5, rounded up. A larger model has not been measured; for more stages
-than the demo has, bounds grow with the root of the depth, a guess.
+largest value seen, times 1.5, rounded up. Where those were too narrow for the judge, whose layers
+and text differ, they are wider: `FORCED_WORST`, the perplexity of q3, other experts of q3-mixed and
+q2-mixed. They are not for q2, which more than doubles the judge's perplexity. A larger model has
+not been measured; for more stages than the demo has, bounds grow with the root of the depth, a
+guess.
 """
 
 import math
@@ -51,12 +54,12 @@ RECIPES = {  # error, worst, channel, tie, rerouted, kl, perplexity
     "q8": Bound(0.0125, 0.02, 0.025, 0.01, 1e-3, 4e-4, 3e-3),
     "q6": Bound(0.04, 0.075, 0.07, 0.02, 2e-3, 1.8e-3, 0.012),
     "q4": Bound(0.15, 0.28, 0.26, 0.04, 0.03, 0.02, 0.035),
-    "q3": Bound(0.3, 0.55, 0.65, 0.04, 0.08, 0.1, 0.12),
+    "q3": Bound(0.3, 0.55, 0.65, 0.04, 0.08, 0.1, 0.2),
     "q2": Bound(0.65, 0.95, 1.5, 0.04, 0.25, 0.5, 0.25),
     "mxfp4": Bound(0.2, 0.32, 0.4, 0.04, 0.03, 0.04, 0.06),
     "q4-mixed": Bound(0.12, 0.17, 0.15, 0.04, 2e-3, 4e-3, 0.015),
-    "q3-mixed": Bound(0.26, 0.35, 0.32, 0.04, 0.01, 0.02, 0.03),
-    "q2-mixed": Bound(0.55, 0.7, 0.7, 0.04, 0.05, 0.1, 0.15),
+    "q3-mixed": Bound(0.26, 0.35, 0.32, 0.04, 0.02, 0.02, 0.03),
+    "q2-mixed": Bound(0.55, 0.7, 0.7, 0.04, 0.1, 0.1, 0.15),
 }
 ARITHMETIC = {
     "float32": NOTHING,
@@ -68,6 +71,9 @@ ACTIVATIONS = {
     # Of MLX's CPU backend: the difference of q8 and q6 between both dtypes. No GPU was measured.
     "bfloat16": Bound(0.08, 0.3, 0.12, 0.01, 0.02, 0.02, 0.055),
 }
+# Of attention that is forced: there are rows to which it adds little. Beyond the rows above, the
+# judge needed 1.9 for FP8 arithmetic and 1.4 for q2.
+FORCED_WORST = 2.5
 # What other experts do: to a stage with such a row, and to one whose rows attended to such a row.
 REROUTED = NOTHING._replace(error=0.22)
 DISTURBED = NOTHING._replace(error=0.22, worst=0.65, channel=0.6)
@@ -97,7 +103,10 @@ class Sources:
             arithmetic = ROUNDING
         if self.teacher_forced and stage in NORMS:
             recipe = FLOAT32
-        return combine(recipe, arithmetic, ACTIVATIONS[self.activations])
+        bound = combine(recipe, arithmetic, ACTIVATIONS[self.activations])
+        if self.teacher_forced and stage.endswith("attention"):
+            bound = bound._replace(worst=FORCED_WORST * bound.worst)
+        return bound
 
 
 def recipe_of(conversion: dict | None, config: dict) -> str:
