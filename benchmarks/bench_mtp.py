@@ -1,6 +1,7 @@
 """Drafting with the MTP module: what it accepts, what a step costs, what comes of it.
 
     python benchmarks/bench_mtp.py [--only demo|mid|streamed|acceptance] [--prompts N] [--tokens N]
+    python benchmarks/bench_mtp.py --model judge --only acceptance --prompts 10
 
 For each model: acceptance by position; A, the mean tokens of a step; R, the time of a step with k
 drafts (drafting and verification, alone, again and again from one state) over that of a plain
@@ -166,6 +167,7 @@ def summarise_reads(subject: Subject, tokens: int) -> dict:
 def acceptance_rates(subject: Subject, tokens: int, temp: float) -> tuple[float, float]:
     """Return first-draft acceptance of coupled and of rejection sampling on sampled text."""
     coupled, rejection = [], []
+    mask = 0 if subject.mask is None else subject.mask
     for i, ids in enumerate(subject.prompts):
         sampler = Sampler(temp=temp, seed=i)
         text = list(
@@ -180,8 +182,8 @@ def acceptance_rates(subject: Subject, tokens: int, temp: float) -> tuple[float,
         full = mx.array([ids + text])
         g = subject.model.hidden(full)
         first = len(ids)  # row j of q and row j + 1 of p are about the token at j + 2
-        p = subject.model.lm_head(g)[0, first:-1] + subject.mask
-        q = subject.mtp(g[:, :-1], full[:, 1:])[0][0, first - 1 : -1] + subject.mask
+        p = subject.model.lm_head(g)[0, first:-1] + mask
+        q = subject.mtp(g[:, :-1], full[:, 1:])[0][0, first - 1 : -1] + mask
         both = mx.minimum(mx.softmax(p / temp, axis=-1), mx.softmax(q / temp, axis=-1))
         rejection += both.sum(-1).tolist()
         for seed in range(COUPLED_SEEDS):
@@ -218,7 +220,7 @@ def measure(args: argparse.Namespace, work: Path) -> list[dict]:
     results, wanted = [], (args.only,) if args.only else ("demo", "mid", "streamed", "acceptance")
     if "demo" in wanted:
         for recipe in args.recipes:
-            subject = subjects.demo(work, recipe, args.prompts)
+            subject = subjects.trained(work, args.model, recipe, args.prompts)
             results.append(summarise(subject, args.tokens, rounds=40))
             results.append(summarise_noise(subjects.spoil(subject), args.tokens))
     if "mid" in wanted:
@@ -228,10 +230,10 @@ def measure(args: argparse.Namespace, work: Path) -> list[dict]:
             results.append(summarise_noise(subjects.spoil(subject), args.tokens))
             shutil.rmtree(work / f"mid-{recipe}")
     if "streamed" in wanted:
-        subject = subjects.demo(work, "q4", args.prompts, slots=8)
+        subject = subjects.trained(work, args.model, "q4", args.prompts, slots=8)
         results.append(summarise_reads(subject, args.tokens))
     if "acceptance" in wanted:
-        subject, rows = subjects.demo(work, "q4", 3 * args.prompts), {}
+        subject, rows = subjects.trained(work, args.model, "q4", 3 * args.prompts), {}
         for temp in TEMPERATURES:
             coupled, rejection = acceptance_rates(subject, args.tokens, temp)
             rows[f"1 at {temp}"] = {"coupled": coupled, "rejection": rejection}
@@ -242,6 +244,9 @@ def measure(args: argparse.Namespace, work: Path) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=("demo", "mid", "streamed", "acceptance"))
+    parser.add_argument(
+        "--model", choices=tuple(subjects.CHECKPOINTS), default="demo", help="in the demo's place"
+    )
     parser.add_argument(
         "--recipes", nargs="+", choices=("q4", "float32"), default=("q4", "float32")
     )

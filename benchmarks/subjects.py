@@ -1,4 +1,4 @@
-"""What the drafting benchmark runs on: the demo model, and random models of about 1 GB.
+"""What the drafting benchmark runs on: the models of `demo/`, and random ones of about 1 GB.
 
 Random MTP weights are accepted never. `agree` makes a random model's next token depend mostly on
 the last one (its embedding drowns the layers), and lets the MTP module pass that embedding on; so
@@ -20,6 +20,8 @@ from mlx_dsv3.model.decoder import Model
 from mlx_dsv3.model.mtp import MTP
 
 DEMO = Path(__file__).parent.parent / "demo"
+CHECKPOINTS = {"demo": DEMO / "checkpoint", "judge": DEMO / "judge/checkpoint"}
+PIECE = 64  # tokens of text before which the judge goes on
 BOOST, NOISE = 2048.0, 0.02  # of the embedding, and of the guess: about 85 % accepted
 # About 1 GB each. In float32 two experts a token and a larger shared one, so that routed experts
 # are 40 % of a token's weights (V3: 55 %): MLX's CPU backend computes those row by row in any BLAS.
@@ -50,26 +52,42 @@ class Subject:
     mask: mx.array | None = None
 
 
-def demo(work: Path, recipe: str, num_prompts: int, slots: int | None = None) -> Subject:
-    """Convert and load the demo checkpoint; with `slots`, that many expert slots per layer."""
-    folder = work / f"demo-{recipe}"
+def trained(
+    work: Path, model: str, recipe: str, num_prompts: int, slots: int | None = None
+) -> Subject:
+    """Convert and load the demo or the judge; with `slots`, that many expert slots per layer."""
+    folder = work / f"{model}-{recipe}"
     if not folder.is_dir():
-        convert(["run", str(DEMO / "checkpoint"), str(folder), "--recipe", recipe])
+        convert(["run", str(CHECKPOINTS[model]), str(folder), "--recipe", recipe])
     loaded = load(folder, experts="resident")
-    name = f"demo, {recipe}"
+    name = f"{model}, {recipe}"
     if slots is not None:
         plan = loaded.plan
         loaded.store.close()
         budget = sum(plan.slot_bytes.values()) * slots / 1e9
         loaded = load(folder, experts="streamed", expert_memory_gb=budget * (1 + 1e-9))
         name += f", {slots} of {plan.num_experts} experts"
-    prompts = []
-    for text in json.loads((DEMO / "held_out_prompts.json").read_text())[:num_prompts]:
-        conversation = Conversation(loaded.tokenizer)
-        conversation.add_user(text)
-        prompts.append(conversation.prompt_ids())
+    prompts = (chats if model == "demo" else pieces)(loaded.tokenizer, num_prompts)
     chunk, mask = loaded.plan.prefill_chunk, loaded.vocabulary_mask
     return Subject(name, loaded.model, loaded.mtp, loaded.store, prompts, chunk, mask)
+
+
+def chats(tokenizer, num: int) -> list[list[int]]:
+    """Return held-out questions to the demo as it is asked them."""
+    prompts = []
+    for text in json.loads((DEMO / "held_out_prompts.json").read_text())[:num]:
+        conversation = Conversation(tokenizer)
+        conversation.add_user(text)
+        prompts.append(conversation.prompt_ids())
+    return prompts
+
+
+def pieces(tokenizer, num: int) -> list[list[int]]:
+    """Return pieces of the judge's held-out text, evenly spread, each behind BOS."""
+    text = (DEMO / "judge/held_out.txt").read_text(encoding="utf-8")
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    starts = range(0, len(ids) - PIECE, len(ids) // num)[:num]
+    return [[tokenizer.bos_token_id, *ids[i : i + PIECE]] for i in starts]
 
 
 def mid(work: Path, recipe: str, num_prompts: int) -> Subject:
