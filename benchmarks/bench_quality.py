@@ -4,7 +4,8 @@
 
 Converts demo/judge/checkpoint to float32, to every built-in recipe, and with its routed experts
 alone at 2, 3 and 4 bits in groups of 32, 64 and 128, all else left in BF16: levels at the extremes,
-fitted, and fitted with the weights of an importance file, which it makes from a third text.
+fitted, and fitted with the weights of an importance file, which it makes from a third text. And
+for the bytes of some built-in recipes what `--fit-memory` chooses by layer, with that importance.
 `--demo` does the same with demo/checkpoint and conversations that it was not trained on.
 
 Bytes and bits are the main model's, without the MTP module. Bytes per token are what the experts'
@@ -29,18 +30,25 @@ from rich.console import Console
 from rich.table import Table
 
 from convert.__main__ import main as convert
-from convert.recipe import RECIPES
+from convert.fit_memory import survey
+from convert.planner import build
+from convert.recipe import RECIPES, Recipe
+from convert.source import Source, open_folder
 from demo.corpus import corpus
 from demo.tokenizer import render
 from mlx_dsv3.checkpoint.folder import Folder, open_model
+from mlx_dsv3.checkpoint.importance import Importance
+from mlx_dsv3.checkpoint.importance import read as read_importance
 from mlx_dsv3.errors import run_program
 from mlx_dsv3.importance.__main__ import main as measure_importance
 from mlx_dsv3.load import load_model, plan_memory
+from mlx_dsv3.memory import sold_limit_bytes
 from mlx_dsv3.parity.compare import DRAWS, Comparison, compare, draws, same_windows
 from mlx_dsv3.parity.report import check_plot
 
 ROOT = Path(__file__).parent.parent
 JUDGE = ROOT / "demo/judge"
+LIKE = ("q2-mixed", "q3", "q3-mixed", "q4", "q4-mixed", "q6")  # whose bytes are spent by layer
 KINDS = ("extremes", "fitted", "weighted")
 BITS, GROUPS = (2, 3, 4), (32, 64, 128)
 WARM, COUNTED, SLOTS = 64, 192, 0.25  # tokens; share of the experts in memory
@@ -77,7 +85,18 @@ def variants() -> list[Variant]:
     for bits in BITS:
         for group in GROUPS:
             found += [Variant(f"experts {bits}/{group}, {k}", k, bits, group) for k in KINDS]
-    return found
+    return found + [Variant(f"by layer, bytes of {name}", "by layer") for name in LIKE]
+
+
+def of_size(source: Source, importance: Importance, nbytes: int) -> Recipe:
+    """Return the largest recipe of `--fit-memory` whose folder has at most so many bytes."""
+    offers, low, high = survey(source, importance=importance), 0.0, 64.0
+    while high - low > 1e-7:
+        gb = (low + high) / 2
+        fits = sold_limit_bytes(gb) < offers.least_bytes
+        fits = fits or build(source, offers.fit(gb).recipe).nbytes <= nbytes
+        low, high = (gb, high) if fits else (low, gb)
+    return offers.fit(low).recipe
 
 
 @dataclass
@@ -130,11 +149,19 @@ class Bench:
             if variant.recipe is not None:
                 recipe = self.work / f"{name}.json"
                 recipe.write_text(json.dumps(variant.recipe))
+            if variant.kind == "by layer":
+                recipe = self.work / f"{name}.json"
+                recipe.write_text(json.dumps(self.by_layer(variant.name.split()[-1]).as_dict()))
             words = ["run", self.checkpoint, folder, "--recipe", recipe]
-            if variant.kind == "weighted":
+            if variant.kind in ("weighted", "by layer"):
                 words += ["--importance", self.importance]
             quietly(convert, *words)
         return open_model(folder, with_mtp=False)
+
+    def by_layer(self, like: str) -> Recipe:
+        source = open_folder(self.checkpoint)
+        nbytes = build(source, RECIPES[like]).nbytes
+        return of_size(source, read_importance(self.importance), nbytes)
 
     def measure(self, variant: Variant) -> Row:
         folder = self.convert(variant)
@@ -264,6 +291,12 @@ def plot(rows: list[dict], file: Path) -> None:
             axes.errorbar(x, y, ends, color=color, marker=marker, label=label, capsize=3)
     built_in = [row for row in rows if row["bits"] is None and row["kl"]["value"] > 1e-6]
     for row in built_in:
+        if row["kind"] == "by layer":
+            label = (
+                "" if row["name"] != f"by layer, bytes of {LIKE[0]}" else "by layer (--fit-memory)"
+            )
+            axes.plot(row["nbytes"] / 1e6, row["kl"]["value"], "D", color="#2ca02c", label=label)
+            continue
         at = row["nbytes"] / 1e6, row["kl"]["value"]
         axes.plot(*at, "x", color="black", markersize=4)
         axes.annotate(row["name"], at, (4, 3), textcoords="offset points", fontsize=7)

@@ -36,6 +36,13 @@ def test_a_width_that_the_group_does_not_divide_stays_unquantised():
     assert RECIPES["mxfp4"].quantization("dense", 96) == Quantization(4, 32, "mxfp4")
 
 
+def test_fitted_groups_shrink_to_what_divides_the_width():
+    """The demo model's experts are 64 wide: half of them stayed in BF16 with groups of 128."""
+    widths = {128: 128, 192: 64, 96: 32, 40: None}
+    found = {w: RECIPES["q2-fit"].quantization("experts_down", w) for w in widths}
+    assert found == {w: size and Quantization(2, size) for w, size in widths.items()}
+
+
 def test_flags_that_equal_a_named_recipe_take_its_name():
     """So that `--q-bits 4` resumes what `--recipe q4` began."""
     assert choose(None, 4, None, None) == RECIPES["q4"]
